@@ -1,0 +1,377 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which kernel a layer runs, decided from facts alone.
+
+Nothing here times, packs or runs anything: `choose` is a pure function of what is known about a
+layer, the kernels at hand and, where somebody measured them, their times. It can therefore be
+tested without the extension, and a plan can always say why it is what it is.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from sparselt.errors import KernelError, OptionError
+
+__all__ = [
+    "DENSE",
+    "FORMAT_CHOICES",
+    "Candidate",
+    "Facts",
+    "KernelInfo",
+    "Plan",
+    "candidates",
+    "choose",
+]
+
+DENSE = "dense"
+FORMAT_CHOICES = ("auto", "csr", "bsr", DENSE)
+
+# Which kernels of the registry serve an operation: linear is spmm, conv1d is conv2d with H = 1.
+_KERNEL_OP = {"spmm": "spmm", "linear": "spmm", "conv1d": "conv2d", "conv2d": "conv2d"}
+
+# Density below which a kernel is expected to beat dense, where nobody measured. Cautious on
+# purpose: a wrong guess costs speed, and example inputs replace the guess by a measurement.
+_PAYS_BELOW = {"csr": 0.25, "bsr": 0.40}
+_PAYS_BELOW_SCALAR = 0.05
+_PAYS_BELOW_ONE_COLUMN = 0.15
+
+# A dot product shorter than this (a depthwise filter, a 3-channel first convolution) leaves a
+# sparse kernel too little to skip.
+_SHORTEST_ROW = 32
+
+
+@dataclass(frozen=True)
+class KernelInfo:
+    """One line of the kernel registry, as seen on this machine.
+
+    Attributes:
+        name: the kernel's one name, for example "csr_spmm_avx2".
+        op: "spmm" or "conv2d".
+        format: the weight format it reads, a key of `sparselt.formats.FORMATS`.
+        device: "cpu" or "cuda".
+        features: CPU features it needs.
+        tile_rows: output rows computed together.
+        tile_columns: columns (pixels, batch items) computed together.
+        dtype: the element type of values and activations, for example "float32".
+        usable: whether it was built and can run here.
+        reason: why it is not usable; empty otherwise.
+    """
+
+    name: str
+    op: str
+    format: str
+    device: str
+    features: tuple[str, ...]
+    tile_rows: int
+    tile_columns: int
+    dtype: str
+    usable: bool
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known about a layer before anything runs.
+
+    Attributes:
+        op: "linear", "spmm", "conv1d" or "conv2d".
+        shape: the weight's logical shape, (M, K) or (C_out, C_in / groups, ...).
+        nnz: kept weights.
+        columns: N of the product: the batch for a linear layer, B * P * Q for a convolution; None
+            when unknown.
+        block: (rows, cols) of the blocks that the zeros come in; (1, 1) when they do not.
+        groups: of a convolution.
+        device: "cpu" or "cuda".
+        dtype: of the weight, without the "torch." prefix.
+        obstacle: why no sparse kernel may serve this layer at all; empty when one may.
+    """
+
+    op: str
+    shape: tuple[int, ...]
+    nnz: int
+    columns: int | None = None
+    block: tuple[int, int] = (1, 1)
+    groups: int = 1
+    device: str = "cpu"
+    dtype: str = "float32"
+    obstacle: str = ""
+
+    @property
+    def density(self) -> float:
+        """Kept weights over all weights; 1.0 for an empty weight."""
+        size = math.prod(self.shape)
+        return self.nnz / size if size else 1.0
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A kernel that was considered, and what became of it.
+
+    Attributes:
+        kernel: its name, or "dense".
+        format: the weight format it reads, or "dense".
+        applies: whether it could run the layer.
+        verdict: a short sentence: why it does not apply, or what it took.
+        us: measured microseconds a call; None when not measured.
+    """
+
+    kernel: str
+    format: str
+    applies: bool
+    verdict: str
+    us: float | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The choice for one layer.
+
+    Attributes:
+        kernel: the chosen kernel's name, or "dense".
+        format: the chosen weight format, or "dense".
+        reason: one sentence that says why.
+        candidates: everything that was considered, in registry order, dense last.
+        dense_us: measured microseconds of torch's dense operator; None when not measured.
+        sparse_us: measured microseconds of the chosen kernel, or of the best sparse kernel where
+            dense was chosen; None when not measured.
+        block: (rows, cols) of the chosen format's blocks; (1, 1) when it has none.
+    """
+
+    kernel: str
+    format: str
+    reason: str
+    candidates: tuple[Candidate, ...] = ()
+    dense_us: float | None = None
+    sparse_us: float | None = None
+    block: tuple[int, int] = (1, 1)
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether the layer stays torch's own dense operator."""
+        return self.kernel == DENSE
+
+    def explain(self) -> str:
+        """The reason, then a line for every candidate.
+
+        Example:
+            >>> print(Plan("dense", "dense", "stays dense: no zeros").explain())
+            stays dense: no zeros
+        """
+        width = max((len(item.kernel) for item in self.candidates), default=0)
+        lines = [f"  {item.kernel:<{width}}  {item.verdict}" for item in self.candidates]
+        return "\n".join([self.reason, *lines])
+
+
+def candidates(facts: Facts, kernels: Sequence[KernelInfo]) -> tuple[Candidate, ...]:
+    """Every kernel of the operation with a verdict, in registry order, and dense at the end.
+
+    Kernels of another operation are left out; kernels that do not apply say why.
+
+    Raises:
+        OptionError: `facts.op` is not a known operation.
+    """
+    if facts.op not in _KERNEL_OP:
+        raise OptionError(f"op: expected one of {sorted(_KERNEL_OP)}, got {facts.op!r}")
+    wanted = _KERNEL_OP[facts.op]
+    found = []
+    for kernel in kernels:
+        if kernel.op == wanted:
+            refusal = _refusal(facts, kernel)
+            found.append(Candidate(kernel.name, kernel.format, not refusal, refusal or "applies"))
+    found.append(Candidate(DENSE, DENSE, True, "always applies"))
+    return tuple(found)
+
+
+def choose(
+    facts: Facts,
+    kernels: Sequence[KernelInfo],
+    times: Mapping[str, float] | None = None,
+    margin: float = 0.05,
+    *,
+    format: str = "auto",
+    forced: str = "",
+) -> Plan:
+    """The kernel for one layer: the fastest measured one, or the rule's where nothing was measured.
+
+    A sparse kernel replaces dense only where it takes at most `1 - margin` of dense's time. A format
+    asked for by name is used wherever one of its kernels applies and the weight has zeros.
+
+    Args:
+        facts: the layer.
+        kernels: the registry, best first.
+        times: microseconds a call by kernel name, "dense" included; None when nothing was measured.
+        margin: the share of dense's time that a sparse kernel must gain.
+        format: "auto", "csr", "bsr" or "dense".
+        forced: a kernel that must be used (SPARSELT_KERNEL); empty for none.
+
+    Raises:
+        KernelError: the forced kernel is unknown, not usable here, or does not fit the layer.
+        OptionError: the format is unknown or the margin is not in [0, 1).
+
+    Example:
+        >>> facts = Facts("linear", (64, 64), nnz=4096)
+        >>> choose(facts, ()).reason
+        'stays dense: no zeros'
+    """
+    if format not in FORMAT_CHOICES:
+        raise OptionError(f"format: expected one of {FORMAT_CHOICES}, got {format!r}")
+    if not 0 <= margin < 1:
+        raise OptionError(f"margin: expected a share in [0, 1), got {margin!r}")
+    considered = _with_times(candidates(facts, kernels), times)
+    if forced:
+        return _forced(facts, kernels, considered, forced)
+    if format == DENSE:
+        return _dense(considered, "stays dense: format='dense' was asked for")
+    if facts.obstacle:
+        return _dense(considered, f"stays dense: {facts.obstacle}")
+    if facts.density >= 1:
+        return _dense(considered, "stays dense: no zeros")
+    pool = [c for c in considered if c.applies and c.format != DENSE]
+    pool = [c for c in pool if format in ("auto", c.format)]
+    if not pool:
+        return _dense(considered, f"stays dense: {_why_none(considered, format)}")
+    if format != "auto":
+        best = _fastest(pool)
+        return _sparse(facts, considered, best, f"{best.kernel}: format={format!r} was asked for")
+    if times is None:
+        return _by_rule(facts, considered, pool)
+    return _by_time(facts, considered, pool, margin)
+
+
+def _refusal(facts: Facts, kernel: KernelInfo) -> str:
+    """Why `kernel` cannot run the layer; empty if it can."""
+    if facts.obstacle:
+        return facts.obstacle
+    if kernel.device != facts.device:
+        return f"runs on {kernel.device}, the layer is on {facts.device}"
+    if kernel.dtype != facts.dtype:
+        return f"computes {kernel.dtype}, the weight is {facts.dtype}"
+    if kernel.format == "bsr" and facts.block == (1, 1):
+        return "the zeros do not come in blocks"
+    if kernel.format not in ("csr", "bsr"):
+        return f"no layer is packed as {kernel.format} yet"
+    if not kernel.usable:
+        return kernel.reason or "not usable on this machine"
+    return ""
+
+
+def _with_times(
+    considered: tuple[Candidate, ...], times: Mapping[str, float] | None
+) -> tuple[Candidate, ...]:
+    if not times:
+        return considered
+    timed = []
+    for item in considered:
+        us = times.get(item.kernel) if item.applies else None
+        verdict = item.verdict if us is None else f"{_us(us)} us"
+        timed.append(Candidate(item.kernel, item.format, item.applies, verdict, us))
+    return tuple(timed)
+
+
+def _forced(
+    facts: Facts, kernels: Sequence[KernelInfo], considered: tuple[Candidate, ...], forced: str
+) -> Plan:
+    known = {kernel.name: kernel.op for kernel in kernels}
+    if forced != DENSE and forced not in known:
+        names = ", ".join([*known, DENSE])
+        raise KernelError(f"SPARSELT_KERNEL: expected one of {names}, got {forced!r}")
+    reason = "forced by SPARSELT_KERNEL"
+    if forced == DENSE:
+        return _dense(considered, f"stays dense: {reason}")
+    match = next((item for item in considered if item.kernel == forced), None)
+    if match is None:
+        # One kernel cannot serve both operations; the layers of the other one stay as they were.
+        return _dense(considered, f"stays dense: {reason} to {forced}, a {known[forced]} kernel")
+    if not match.applies:
+        raise KernelError(
+            f"SPARSELT_KERNEL={forced} does not fit a {facts.op} layer of shape "
+            f"{tuple(facts.shape)}: {match.verdict}; unset SPARSELT_KERNEL to let the plan choose"
+        )
+    return _sparse(facts, considered, match, f"{forced}: {reason}")
+
+
+def _by_time(
+    facts: Facts, considered: tuple[Candidate, ...], pool: list[Candidate], margin: float
+) -> Plan:
+    best = _fastest(pool)
+    dense_us = considered[-1].us
+    if best.us is None or dense_us is None:
+        return _by_rule(facts, considered, pool)
+    if best.us <= dense_us * (1 - margin):
+        return _sparse(
+            facts,
+            considered,
+            best,
+            f"{best.kernel}: {_us(best.us)} us against dense {_us(dense_us)} us",
+        )
+    zeros = f"{100 * (1 - facts.density):.0f} % zeros"
+    ratio = best.us / dense_us
+    if ratio > 1:
+        why = f"{zeros}, {best.kernel} measured {ratio:.2g}x slower than dense"
+    else:
+        why = f"{zeros}, {best.kernel} measured within {100 * margin:.0f} % of dense"
+    return _dense(considered, f"stays dense: {why}")
+
+
+def _by_rule(facts: Facts, considered: tuple[Candidate, ...], pool: list[Candidate]) -> Plan:
+    best = pool[0]
+    for item in pool:
+        # Blocks share each activation they load among their rows, so they win where they exist.
+        if item.format == "bsr":
+            best = item
+            break
+    row = math.prod(facts.shape[1:])
+    if row < _SHORTEST_ROW:
+        return _dense(
+            considered, f"stays dense: not measured, and rows of {row} weights are too short"
+        )
+    limit = _pays_below(facts, best)
+    against = (
+        f"density {facts.density:.2g} is %s {limit:g}, below which {best.format} is expected to pay"
+    )
+    if facts.density < limit:
+        return _sparse(
+            facts, considered, best, f"{best.kernel}: not measured, " + against % "below"
+        )
+    return _dense(considered, "stays dense: not measured, " + against % "not below")
+
+
+def _pays_below(facts: Facts, best: Candidate) -> float:
+    if best.kernel.endswith("_scalar"):
+        return _PAYS_BELOW_SCALAR
+    if facts.columns == 1 and best.format == "csr":
+        return _PAYS_BELOW_ONE_COLUMN
+    return _PAYS_BELOW[best.format]
+
+
+def _fastest(pool: list[Candidate]) -> Candidate:
+    """The fastest of the measured ones; the first of the registry where none was measured."""
+    return min(pool, key=lambda item: math.inf if item.us is None else item.us)
+
+
+def _best_us(considered: tuple[Candidate, ...]) -> float | None:
+    return min((c.us for c in considered[:-1] if c.us is not None), default=None)
+
+
+def _dense(considered: tuple[Candidate, ...], reason: str) -> Plan:
+    return Plan(DENSE, DENSE, reason, considered, considered[-1].us, _best_us(considered))
+
+
+def _sparse(facts: Facts, considered: tuple[Candidate, ...], item: Candidate, reason: str) -> Plan:
+    block = (1, 1) if item.format == "csr" else facts.block
+    return Plan(item.kernel, item.format, reason, considered, considered[-1].us, item.us, block)
+
+
+def _why_none(considered: tuple[Candidate, ...], format: str) -> str:
+    refusals = [f"{c.kernel}: {c.verdict}" for c in considered if not c.applies]
+    if format != "auto":
+        refusals = [f"{c.kernel}: {c.verdict}" for c in considered if c.format == format]
+        return f"no {format} kernel applies" + (f" ({'; '.join(refusals)})" if refusals else "")
+    return "no sparse kernel applies" + (f" ({'; '.join(refusals)})" if refusals else "")
+
+
+def _us(value: float) -> str:
+    """Microseconds with the digits that mean something: 3.4, 41, 1630."""
+    return f"{value:.1f}" if value < 10 else f"{value:.0f}"
