@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sparse formats and the one function that chooses among them by name."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from sparselt.errors import FormatError, explain_mismatch
+from sparselt.formats.base import SparseWeight
+from sparselt.formats.bsr import BSR
+from sparselt.formats.csr import CSR
+
+__all__ = ["BSR", "CSR", "FORMATS", "SparseWeight", "pack"]
+
+FORMATS: dict[str, type[SparseWeight]] = {
+    "csr": CSR,
+    "bsr": BSR,
+}
+
+
+def pack(
+    weight: Tensor,
+    mask: Tensor | None = None,
+    format: str = "csr",
+    block: tuple[int, int] | None = None,
+) -> SparseWeight:
+    """Pack a pruned dense weight into a sparse format.
+
+    float32 is stored. float16 and bfloat16 weights are converted, which is exact; float64 is
+    refused, because rounding is the caller's decision.
+
+    Args:
+        weight: (M, K) of a linear layer, (C_out, C_in/groups, S) or (C_out, C_in/groups, R, S) of a
+            convolution; float32, float16 or bfloat16, any strides.
+        mask: the same shape, bool or 0/1 valued: what to keep. A kept 0.0 stays stored. None keeps
+            every weight that is not 0.
+        format: a key of `FORMATS`.
+        block: (rows, cols) of a block, for format "bsr" only; None means (4, 1) there.
+
+    Returns:
+        The packed weight on the weight's device; nothing of `weight` is shared or changed.
+
+    Raises:
+        FormatError: unknown format, a bad block or one for a format without, a mask that is not
+            0/1, too many stored values for int32.
+        ShapeError: another rank, or a mask of another shape.
+        DtypeError: weight or mask is not a tensor, or the weight's type is another.
+        DeviceError: weight and mask are on different devices.
+
+    Example:
+        >>> import torch, sparselt
+        >>> weight = torch.tensor([[0.0, 2.0], [3.0, 0.0]])
+        >>> sparselt.pack(weight)
+        CSR(shape=(2, 2), nnz=2, density=0.5, device=cpu)
+    """
+    if not isinstance(format, str) or format not in FORMATS:
+        known = ", ".join(repr(name) for name in FORMATS)
+        raise FormatError(explain_mismatch("format", f"one of {known}", repr(format)))
+    return FORMATS[format].from_dense(weight, mask, block)

@@ -1,0 +1,228 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The contract every sparse format keeps.
+
+A format turns a dense weight and a mask into a few flat tensors ("parts") that a kernel reads
+through raw pointers. Nothing behind this module tests an index again, so a `SparseWeight` is
+checked in full whenever it is made from parts that did not come from `from_dense`.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from typing_extensions import Self
+
+from sparselt.formats.checks import check_fits_int32, check_shape
+
+__all__ = ["SparseWeight", "compress"]
+
+
+class SparseWeight(ABC):
+    """A weight matrix or filter bank in a sparse format: immutable parts plus the logical shape.
+
+    A convolution's filters (C_out, C_in/groups, R, S) are kept as the matrix
+    (M, K) = (C_out, C_in/groups * R * S), flattened in row-major order.
+
+    Args:
+        parts: the tensors named in `part_names`, in that order; they are not copied.
+        shape: the logical dense shape, 2 to 4 sizes, rows (output features) first.
+        block: (block_rows, block_cols); None means the format's default.
+
+    Raises:
+        FormatError, DtypeError, ShapeError, DeviceError: as `validate` does.
+
+    Example:
+        >>> import torch
+        >>> from sparselt.formats import CSR
+        >>> weight = CSR.from_dense(torch.tensor([[0.0, 2.0], [0.0, 0.0]]))
+        >>> weight.nnz, weight.density, weight.shape
+        (1, 0.25, (2, 2))
+    """
+
+    name: ClassVar[str]
+    part_names: ClassVar[tuple[str, ...]]
+
+    shape: tuple[int, ...]
+    block: tuple[int, int]
+    _parts: tuple[Tensor, ...]
+
+    def __init__(
+        self, parts: Sequence[Tensor], shape: Sequence[int], block: tuple[int, int] | None = None
+    ) -> None:
+        self._fill(tuple(parts), check_shape(shape), self.check_block(block))
+        self.validate(full=True)
+        # Parameters would drag autograd into an inference-only format.
+        self._fill(tuple(part.detach() for part in self._parts), self.shape, self.block)
+
+    def _fill(
+        self, parts: tuple[Tensor, ...], shape: tuple[int, ...], block: tuple[int, int]
+    ) -> None:
+        object.__setattr__(self, "_parts", parts)
+        object.__setattr__(self, "shape", shape)
+        object.__setattr__(self, "block", block)
+
+    @classmethod
+    def _trusted(
+        cls, parts: tuple[Tensor, ...], shape: tuple[int, ...], block: tuple[int, int]
+    ) -> Self:
+        """Build without the O(nnz) checks, for parts this package has just computed itself."""
+        weight = cls.__new__(cls)
+        weight._fill(parts, shape, block)
+        weight.validate(full=False)
+        return weight
+
+    def __setattr__(self, key: str, value: object) -> None:
+        raise AttributeError(
+            f"{type(self).__name__} is immutable: cannot set {key!r}; pack the weight again"
+        )
+
+    def __delattr__(self, key: str) -> None:
+        raise AttributeError(f"{type(self).__name__} is immutable: cannot delete {key!r}")
+
+    def __repr__(self) -> str:
+        block = "" if self.block == (1, 1) else f", block={self.block}"
+        return (
+            f"{type(self).__name__}(shape={self.shape}, nnz={self.nnz}, "
+            f"density={self.density:.4g}{block}, device={self.device})"
+        )
+
+    @property
+    def rows(self) -> int:
+        """M, the number of output features or channels."""
+        return self.shape[0]
+
+    @property
+    def cols(self) -> int:
+        """K, the number of columns of the flattened matrix: the product of `shape[1:]`."""
+        return math.prod(self.shape[1:])
+
+    @property
+    @abstractmethod
+    def nnz(self) -> int:
+        """Number of stored values; what a block format pads is counted."""
+
+    @property
+    def density(self) -> float:
+        """Stored values over the size of the dense weight; 0.0 for an empty weight.
+
+        Blocks that overhang the matrix count in full, so a block format may exceed 1.
+        """
+        size = self.rows * self.cols
+        return self.nnz / size if size else 0.0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all parts, indices included."""
+        return sum(part.numel() * part.element_size() for part in self._parts)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the stored values."""
+        return self._parts[-1].dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parts are."""
+        return self._parts[0].device
+
+    def parts(self) -> tuple[Tensor, ...]:
+        """The tensors in the order of `part_names`, as the operators take them."""
+        return self._parts
+
+    def meta(self) -> list[int]:
+        """[block_rows, block_cols, *shape], as the operators take it."""
+        return [*self.block, *self.shape]
+
+    def to(self, device: torch.device | str) -> Self:
+        """The same weight with its parts on `device`; parts already there are shared."""
+        return self._trusted(tuple(part.to(device) for part in self._parts), self.shape, self.block)
+
+    @classmethod
+    def from_parts(
+        cls,
+        parts: Sequence[Tensor],
+        shape: Sequence[int],
+        block: tuple[int, int] | None = None,
+    ) -> Self:
+        """Adopt parts that were made elsewhere (a file, a state dict), after checking all of them.
+
+        Args:
+            parts: tensors in the order of `part_names`; contiguous, not copied.
+            shape: logical dense shape, 2 to 4 sizes.
+            block: (block_rows, block_cols) for a block format.
+
+        Returns:
+            The weight; its `parts()` are the tensors given.
+
+        Raises:
+            FormatError, DtypeError, ShapeError, DeviceError: as `validate(full=True)` does.
+
+        Example:
+            >>> import torch
+            >>> from sparselt.formats import CSR
+            >>> index = lambda *values: torch.tensor(values, dtype=torch.int32)
+            >>> CSR.from_parts((index(0, 1, 1), index(1), torch.tensor([2.0])), (2, 2)).to_dense()
+            tensor([[0., 2.],
+                    [0., 0.]])
+        """
+        return cls(parts, shape, block)
+
+    @classmethod
+    @abstractmethod
+    def check_block(cls, block: tuple[int, int] | None) -> tuple[int, int]:
+        """The block to use for what was asked; raises FormatError if the format has no such."""
+
+    @classmethod
+    @abstractmethod
+    def from_dense(
+        cls, weight: Tensor, mask: Tensor | None = None, block: tuple[int, int] | None = None
+    ) -> Self:
+        """Pack a dense weight: what the mask keeps, or without one what is not 0."""
+
+    @abstractmethod
+    def to_dense(self) -> Tensor:
+        """The dense float32 weight of shape `shape`: stored values bit for bit, 0.0 elsewhere."""
+
+    @abstractmethod
+    def mask(self) -> Tensor:
+        """Bool tensor of shape `shape`: True where a value is stored."""
+
+    @abstractmethod
+    def validate(self, full: bool = True) -> None:
+        """Check the parts: types, ranks and lengths in O(1); with `full` every index in O(nnz).
+
+        Raises:
+            DtypeError: indices are not int32 or values are not float32.
+            FormatError: a part is missing, of the wrong length or not contiguous; row offsets do
+                not start at 0, decrease or end elsewhere than at the number of stored entries;
+                column indices are out of range, unsorted or repeated within a row.
+            DeviceError: the parts are on different devices.
+        """
+
+
+def compress(kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Row offsets and column indices of the True entries of a matrix, in row-major order.
+
+    Args:
+        kept: (R, C) bool, contiguous.
+
+    Returns:
+        crow_indices (R + 1) int32, col_indices (n) int32, and the flat positions (n) int64.
+
+    Raises:
+        FormatError: more than 2**31 - 1 entries are kept.
+    """
+    rows, cols = kept.shape
+    positions = kept.view(-1).nonzero().view(-1)
+    check_fits_int32(positions.numel())
+    row_starts = torch.arange(rows + 1, device=kept.device) * cols
+    crow = torch.searchsorted(positions, row_starts)
+    columns = positions - torch.repeat_interleave(
+        row_starts[:-1], crow.diff(), output_size=positions.numel()
+    )
+    return crow.to(torch.int32), columns.to(torch.int32), positions
