@@ -1,0 +1,75 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Operator schemas and their CPU implementations (LibTorch stable ABI), and what is no tensor (pybind11). Nothing else.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+#include <torch/csrc/stable/library.h>
+
+#include "cpu_features.h"
+#include "ops/ops.h"
+#include "registry.h"
+
+#define SPARSELT_WEIGHT "Tensor[] parts, int[] meta, Tensor? bias, Tensor? residual"
+#define SPARSELT_CONV "int[] stride, int[] padding, int[] dilation, int groups"
+#define SPARSELT_CLAMP "float? lower, float? upper, str kernel"
+
+STABLE_TORCH_LIBRARY(sparselt, m) {
+  m.def("spmm(Tensor x, " SPARSELT_WEIGHT ", " SPARSELT_CLAMP ") -> Tensor");
+  m.def("spmm_out(Tensor x, Tensor(a!) out, " SPARSELT_WEIGHT ", " SPARSELT_CLAMP ") -> ()");
+  m.def("linear(Tensor x, " SPARSELT_WEIGHT ", " SPARSELT_CLAMP ") -> Tensor");
+  m.def("conv2d(Tensor x, " SPARSELT_WEIGHT ", " SPARSELT_CONV ", " SPARSELT_CLAMP ") -> Tensor");
+  m.def("conv2d_out(Tensor x, Tensor(a!) out, " SPARSELT_WEIGHT ", " SPARSELT_CONV ", " SPARSELT_CLAMP ") -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(sparselt, CPU, m) {
+  m.impl("spmm", TORCH_BOX(&sparselt::spmm));
+  m.impl("spmm_out", TORCH_BOX(&sparselt::spmm_out));
+  m.impl("linear", TORCH_BOX(&sparselt::linear));
+  m.impl("conv2d", TORCH_BOX(&sparselt::conv2d));
+  m.impl("conv2d_out", TORCH_BOX(&sparselt::conv2d_out));
+}
+
+namespace sparselt {
+namespace {
+
+pybind11::list list_kernels() {
+  pybind11::list list;
+  for (const KernelInfo& kernel : kernels()) {
+    pybind11::dict entry;
+    const std::string reason = why_unusable(kernel);
+    entry["name"] = kernel.name;
+    entry["op"] = kernel.op;
+    entry["format"] = kernel.format;
+    entry["device"] = kernel.device;
+    entry["features"] = isa_features(kernel.isa);
+    entry["tile_rows"] = kernel.tile_rows;
+    entry["tile_columns"] = kernel.tile_columns;
+    entry["dtype"] = kernel.dtype;
+    entry["usable"] = reason.empty();
+    entry["reason"] = reason;
+    list.append(entry);
+  }
+  return list;
+}
+
+pybind11::dict build_info() {
+  pybind11::dict info;
+  info["compiler"] = __VERSION__;
+#if defined(__SANITIZE_ADDRESS__)
+  info["sanitizer"] = "address";
+#else
+  info["sanitizer"] = "none";
+#endif
+  return info;
+}
+
+}  // namespace
+}  // namespace sparselt
+
+PYBIND11_MODULE(_C, m) {
+  sparselt::current_isa();  // an unusable SPARSELT_ISA fails the import, not the first call
+  m.def("kernels", &sparselt::list_kernels);
+  m.def("cpu_features", &sparselt::cpu_features);
+  m.def("isa", [] { return sparselt::isa_name(sparselt::current_isa()); });
+  m.def("build_info", &sparselt::build_info);
+}

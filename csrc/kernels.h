@@ -1,0 +1,81 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// What a CPU kernel is given and must do. Kernels know neither torch nor threads: they get raw pointers that the layer above
+// has checked, and half-open ranges of the output that they alone own. Every element of a result is summed in the order of
+// the stored values of its row, whatever the ranges, so results are bitwise the same for any split.
+#pragma once
+
+#include <stdint.h>
+
+namespace sparselt {
+
+// Half-open: begin <= i < end.
+struct Range {
+  int64_t begin;
+  int64_t end;
+};
+
+// A weight matrix of `rows` x `cols` in stored blocks of block_rows x block_cols (1 x 1 for CSR). Blocks of the last block
+// row or column may stick out of the matrix; what sticks out is stored as zeros and belongs to no element of x or y.
+struct SparseView {
+  const int32_t* crow_indices;  // ceil(rows / block_rows) + 1, nondecreasing, starts at 0
+  const int32_t* col_indices;   // a block column each, ascending within a block row
+  const float* values;          // block_rows * block_cols a block, row-major
+  int64_t rows;
+  int64_t cols;
+  int64_t block_rows;
+  int64_t block_cols;
+};
+
+// y = clamp(W x + bias + residual, lower, upper). The clamp is always there: plain infinities when unused.
+struct Epilogue {
+  const float* bias;      // one a row, or null
+  const float* residual;  // laid out as y, or null
+  float lower;
+  float upper;
+};
+
+// y[m, n] for a row-major x (cols x columns) and y (rows x columns).
+struct SpmmCall {
+  SparseView weight;
+  const float* x;
+  int64_t x_stride;  // floats from a row of x to the next
+  float* y;
+  int64_t y_stride;
+  int64_t columns;  // of the whole product: what a kernel may choose its method by, without breaking bitwise equality
+  Epilogue epilogue;
+};
+
+// A convolution as a product with shifted planes: column k of the weight meets the plane that starts at
+// x + column_offsets[k], and flat pixel j of that plane. Output pixel (p, q) is the flat pixel p * pitch + q; flat pixels with
+// j % pitch >= out_width are no outputs. ops/conv2d.cpp lays x out so that this holds for any stride, padding and dilation.
+struct Conv2dCall {
+  SparseView weight;  // every row, of all groups
+  const float* x;     // the planes of the group that the rows belong to
+  const int32_t* column_offsets;
+  int64_t pitch;
+  int64_t out_width;
+  float* y;          // the image's first output plane
+  int64_t y_stride;  // floats from an output plane to the next
+  Epilogue epilogue;
+};
+
+// `rows` counts stored (block) rows; `columns` matrix columns; `pixels` flat pixels as above.
+using SpmmKernel = void (*)(const SpmmCall& call, Range rows, Range columns);
+using Conv2dKernel = void (*)(const Conv2dCall& call, Range rows, Range pixels);
+
+#define KERNEL_SIGNATURE_spmm const SpmmCall &call, Range rows, Range columns
+#define KERNEL_SIGNATURE_conv2d const Conv2dCall &call, Range rows, Range pixels
+#define KERNEL_DECLARE_cpu(name, op) void name(KERNEL_SIGNATURE_##op);
+#define KERNEL_DECLARE_cuda(name, op)
+#define KERNEL(name, op, format, device, ...) KERNEL_DECLARE_##device(name, op)
+namespace cpu {
+#include "kernels.inc"
+}  // namespace cpu
+#undef KERNEL
+#undef KERNEL_DECLARE_cuda
+#undef KERNEL_DECLARE_cpu
+#undef KERNEL_SIGNATURE_conv2d
+#undef KERNEL_SIGNATURE_spmm
+
+}  // namespace sparselt

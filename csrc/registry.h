@@ -1,0 +1,38 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The kernel table made from kernels.inc, and how one is found in it.
+#pragma once
+
+#include <span>
+#include <string>
+#include <string_view>
+
+#include "cpu_features.h"
+#include "kernels.h"
+
+namespace sparselt {
+
+struct KernelInfo {
+  std::string_view name;
+  std::string_view op;
+  std::string_view format;
+  std::string_view device;
+  Isa isa;
+  int tile_rows;
+  int tile_columns;
+  std::string_view dtype;
+  SpmmKernel spmm;      // null unless op is "spmm" and device is "cpu"
+  Conv2dKernel conv2d;  // null unless op is "conv2d" and device is "cpu"
+};
+
+// In the order of kernels.inc.
+std::span<const KernelInfo> kernels();
+
+// Empty where the kernel can run here; otherwise the reason why not.
+std::string why_unusable(const KernelInfo& kernel);
+
+// The kernel called `name`, or with an empty name the first usable one, for an operation on a format on the CPU.
+// Throws with the names that would do.
+const KernelInfo& find_kernel(std::string_view name, std::string_view op, std::string_view format);
+
+}  // namespace sparselt
