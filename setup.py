@@ -170,7 +170,7 @@ def cpu_extension() -> Extension:
     return Extension(
         "sparselt._C",
         sources(CPU_SOURCES),
-        include_dirs=["csrc"],
+        include_dirs=[str(ROOT / "csrc")],
         library_dirs=cpp_extension.library_paths(),
         libraries=["c10", "torch", "torch_cpu"],
         extra_compile_args={"cxx": cxx_flags() + system_includes()},
@@ -192,7 +192,7 @@ def cuda_extension(cuda_home: str) -> Extension:
     return Extension(
         "sparselt._C_cuda",
         sources(CUDA_SOURCES),
-        include_dirs=["csrc"],
+        include_dirs=[str(ROOT / "csrc")],
         library_dirs=cpp_extension.library_paths("cuda"),
         libraries=["c10", "torch", "torch_cpu", "torch_cuda", "cudart"],
         extra_compile_args={
