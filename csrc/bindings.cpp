@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Operator schemas and their CPU implementations (LibTorch stable ABI), and what is no tensor (pybind11). Nothing else.
+// Operator schemas and their CPU implementations (LibTorch stable ABI), and what is no tensor
+// (pybind11). Nothing else.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <torch/csrc/stable/library.h>
@@ -18,7 +19,8 @@ STABLE_TORCH_LIBRARY(sparselt, m) {
   m.def("spmm_out(Tensor x, Tensor(a!) out, " SPARSELT_WEIGHT ", " SPARSELT_CLAMP ") -> ()");
   m.def("linear(Tensor x, " SPARSELT_WEIGHT ", " SPARSELT_CLAMP ") -> Tensor");
   m.def("conv2d(Tensor x, " SPARSELT_WEIGHT ", " SPARSELT_CONV ", " SPARSELT_CLAMP ") -> Tensor");
-  m.def("conv2d_out(Tensor x, Tensor(a!) out, " SPARSELT_WEIGHT ", " SPARSELT_CONV ", " SPARSELT_CLAMP ") -> ()");
+  m.def("conv2d_out(Tensor x, Tensor(a!) out, " SPARSELT_WEIGHT ", " SPARSELT_CONV
+        ", " SPARSELT_CLAMP ") -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(sparselt, CPU, m) {
@@ -41,7 +43,7 @@ pybind11::list list_kernels() {
     entry["op"] = kernel.op;
     entry["format"] = kernel.format;
     entry["device"] = kernel.device;
-    entry["features"] = isa_features(kernel.isa);
+    entry["features"] = pybind11::tuple(pybind11::cast(isa_features(kernel.isa)));
     entry["tile_rows"] = kernel.tile_rows;
     entry["tile_columns"] = kernel.tile_columns;
     entry["dtype"] = kernel.dtype;

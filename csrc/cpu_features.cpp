@@ -16,8 +16,9 @@ bool cpu_has(Isa isa) {
     case Isa::avx2:
       return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     case Isa::avx512:
-      return cpu_has(Isa::avx2) && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-             __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+      return cpu_has(Isa::avx2) && __builtin_cpu_supports("avx512f") &&
+             __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+             __builtin_cpu_supports("avx512dq");
 #elif defined(__aarch64__)
     case Isa::neon:
       return true;  // part of the base architecture
@@ -35,10 +36,12 @@ Isa detect() {
   for (Isa isa : kCpuLevels) {
     if (wanted.empty() ? cpu_has(isa) : wanted == isa_name(isa)) {
       if (cpu_has(isa)) return isa;
-      throw std::runtime_error("SPARSELT_ISA: this CPU has no " + std::string(wanted) + "; unset it or use scalar");
+      throw std::runtime_error("SPARSELT_ISA: this CPU has no " + std::string(wanted) +
+                               "; unset it or use scalar");
     }
   }
-  throw std::runtime_error("SPARSELT_ISA: expected scalar, avx2, avx512 or neon, got '" + std::string(wanted) + "'");
+  throw std::runtime_error("SPARSELT_ISA: expected scalar, avx2, avx512 or neon, got '" +
+                           std::string(wanted) + "'");
 }
 
 }  // namespace
@@ -82,7 +85,8 @@ Isa current_isa() {
 std::string why_unsupported(Isa isa) {
   if (!cpu_has(isa)) return "this CPU has no " + std::string(isa_name(isa));
   const Isa current = current_isa();
-  const bool below = isa == Isa::scalar || isa == current || (isa == Isa::avx2 && current == Isa::avx512);
+  const bool below =
+      isa == Isa::scalar || isa == current || (isa == Isa::avx2 && current == Isa::avx512);
   return below ? "" : "SPARSELT_ISA=" + std::string(isa_name(current)) + " excludes it";
 }
 

@@ -17,8 +17,9 @@ std::string_view isa_name(Isa isa);
 // The CPU features that a level stands for, in the CPU's own words.
 std::vector<std::string_view> isa_features(Isa isa);
 
-// The highest level in use: the CPU's, or the one that the environment variable SPARSELT_ISA names. Read once, at load.
-// Throws where SPARSELT_ISA names a level that this CPU or this build does not have.
+// The highest level in use: the CPU's, or the one that the environment variable SPARSELT_ISA names.
+// Read once, at load. Throws where SPARSELT_ISA names a level that this CPU or this build does not
+// have.
 Isa current_isa();
 
 // Empty where kernels of this level may run; otherwise the reason why not.

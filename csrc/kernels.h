@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// What a CPU kernel is given and must do. Kernels know neither torch nor threads: they get raw pointers that the layer above
-// has checked, and half-open ranges of the output that they alone own. Every element of a result is summed in the order of
-// the stored values of its row, whatever the ranges, so results are bitwise the same for any split.
+// What a CPU kernel is given and must do. Kernels know neither torch nor threads: they get raw
+// pointers that the layer above has checked, and half-open ranges of the output that they alone
+// own. Every element of a result is summed in the order of the stored values of its row, whatever
+// the ranges, so results are bitwise the same for any split.
 #pragma once
 
 #include <stdint.h>
@@ -15,8 +16,9 @@ struct Range {
   int64_t end;
 };
 
-// A weight matrix of `rows` x `cols` in stored blocks of block_rows x block_cols (1 x 1 for CSR). Blocks of the last block
-// row or column may stick out of the matrix; what sticks out is stored as zeros and belongs to no element of x or y.
+// A weight matrix of `rows` x `cols` in stored blocks of block_rows x block_cols (1 x 1 for CSR).
+// Blocks of the last block row or column may stick out of the matrix; what sticks out is stored as
+// zeros and belongs to no element of x or y.
 struct SparseView {
   const int32_t* crow_indices;  // ceil(rows / block_rows) + 1, nondecreasing, starts at 0
   const int32_t* col_indices;   // a block column each, ascending within a block row
@@ -27,7 +29,8 @@ struct SparseView {
   int64_t block_cols;
 };
 
-// y = clamp(W x + bias + residual, lower, upper). The clamp is always there: plain infinities when unused.
+// y = clamp(W x + bias + residual, lower, upper). The clamp is always there: plain infinities when
+// unused.
 struct Epilogue {
   const float* bias;      // one a row, or null
   const float* residual;  // laid out as y, or null
@@ -42,13 +45,15 @@ struct SpmmCall {
   int64_t x_stride;  // floats from a row of x to the next
   float* y;
   int64_t y_stride;
-  int64_t columns;  // of the whole product: what a kernel may choose its method by, without breaking bitwise equality
+  int64_t columns;  // of the whole product: what a kernel may choose its method by, without
+                    // breaking bitwise equality
   Epilogue epilogue;
 };
 
-// A convolution as a product with shifted planes: column k of the weight meets the plane that starts at
-// x + column_offsets[k], and flat pixel j of that plane. Output pixel (p, q) is the flat pixel p * pitch + q; flat pixels with
-// j % pitch >= out_width are no outputs. ops/conv2d.cpp lays x out so that this holds for any stride, padding and dilation.
+// A convolution as a product with shifted planes: column k of the weight meets the plane that
+// starts at x + column_offsets[k], and flat pixel j of that plane. Output pixel (p, q) is the flat
+// pixel p * pitch + q; flat pixels with j % pitch >= out_width are no outputs. ops/conv2d.cpp lays
+// x out so that this holds for any stride, padding and dilation.
 struct Conv2dCall {
   SparseView weight;  // every row, of all groups
   const float* x;     // the planes of the group that the rows belong to

@@ -24,8 +24,9 @@ KernelInfo make_info(std::string_view name, std::string_view op, std::string_vie
 
 #define KERNEL_FUNCTION_cpu(name) KernelFunction(&cpu::name)
 #define KERNEL_FUNCTION_cuda(name) KernelFunction()
-#define KERNEL(name, op, format, device, isa, tile_rows, tile_columns, dtype) \
-  make_info(#name, #op, #format, #device, Isa::isa, tile_rows, tile_columns, #dtype, KERNEL_FUNCTION_##device(name)),
+#define KERNEL(name, op, format, device, isa, tile_rows, tile_columns, dtype)        \
+  make_info(#name, #op, #format, #device, Isa::isa, tile_rows, tile_columns, #dtype, \
+            KERNEL_FUNCTION_##device(name)),
 const KernelInfo kTable[] = {
 #include "kernels.inc"
 };
@@ -56,9 +57,9 @@ const KernelInfo& find_kernel(std::string_view name, std::string_view op, std::s
       usable.append(usable.empty() ? "" : ", ").append(kernel.name);
     }
   }
-  throw std::runtime_error("kernel: expected one for " + std::string(op) + " on format " + std::string(format) +
-                           " (" + (usable.empty() ? "none is usable here" : usable) + "), got '" +
-                           std::string(name) + "'");
+  throw std::runtime_error(
+      "kernel: expected one for " + std::string(op) + " on format " + std::string(format) + " (" +
+      (usable.empty() ? "none is usable here" : usable) + "), got '" + std::string(name) + "'");
 }
 
 }  // namespace sparselt

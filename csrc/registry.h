@@ -31,8 +31,8 @@ std::span<const KernelInfo> kernels();
 // Empty where the kernel can run here; otherwise the reason why not.
 std::string why_unusable(const KernelInfo& kernel);
 
-// The kernel called `name`, or with an empty name the first usable one, for an operation on a format on the CPU.
-// Throws with the names that would do.
+// The kernel called `name`, or with an empty name the first usable one, for an operation on a
+// format on the CPU. Throws with the names that would do.
 const KernelInfo& find_kernel(std::string_view name, std::string_view op, std::string_view format);
 
 }  // namespace sparselt

@@ -2,11 +2,12 @@
 //
 // y = clamp(W x + bias + residual) for W in blocks of block_rows x block_cols and a row-major x.
 //
-// A call owns block rows [rows.begin, rows.end) and columns [columns.begin, columns.end). A tile is up to 4 rows of a block
-// by 3 vectors of columns, 12 accumulators: each vector of x is loaded once for the 4 rows, so a block column costs 3 loads
-// and 4 broadcasts for 12 multiply-adds, and multiply-adds bind, not loads. Blocks along the output (4x1, 8x1, 16x1) thus
-// run nearer to peak than CSR; blocks of 1 or 2 rows gain less. Rows and columns of a block that stick out of the matrix
-// are skipped.
+// A call owns block rows [rows.begin, rows.end) and columns [columns.begin, columns.end). A tile is
+// up to 4 rows of a block by 3 vectors of columns, 12 accumulators: each vector of x is loaded once
+// for the 4 rows, so a block column costs 3 loads and 4 broadcasts for 12 multiply-adds, and
+// multiply-adds bind, not loads. Blocks along the output (4x1, 8x1, 16x1) thus run nearer to peak
+// than CSR; blocks of 1 or 2 rows gain less. Rows and columns of a block that stick out of the
+// matrix are skipped.
 #include <immintrin.h>
 
 #include "cpu/target.h"
@@ -23,7 +24,8 @@ constexpr int kBlockTileVectors = 3;
 
 // Rows [first, first + R) of a block row, counted within its blocks.
 template <int R, int NV, bool kMasked>
-void multiply_tile(const SpmmCall& call, int64_t block_row, int64_t first, int64_t column, __m256i mask) {
+void multiply_tile(const SpmmCall& call, int64_t block_row, int64_t first, int64_t column,
+                   __m256i mask) {
   const SparseView& w = call.weight;
   const Epilogue& e = call.epilogue;
   const int64_t m = block_row * w.block_rows + first;
@@ -39,7 +41,8 @@ void multiply_tile(const SpmmCall& call, int64_t block_row, int64_t first, int64
     for (int64_t c = 0; c < depth; ++c, x += call.x_stride) {
       __m256 data[NV];
       for (int v = 0; v < NV; ++v) {
-        data[v] = kMasked && v == NV - 1 ? _mm256_maskload_ps(x + v * kLanes, mask) : _mm256_loadu_ps(x + v * kLanes);
+        data[v] = kMasked && v == NV - 1 ? _mm256_maskload_ps(x + v * kLanes, mask)
+                                         : _mm256_loadu_ps(x + v * kLanes);
       }
       for (int r = 0; r < R; ++r) {
         const __m256 value = _mm256_broadcast_ss(values + r * w.block_cols + c);
@@ -70,7 +73,8 @@ void multiply_block_rows(const SpmmCall& call, Range rows, int64_t column, __m25
 }
 
 template <bool kMasked>
-void multiply_columns(const SpmmCall& call, Range rows, int64_t column, int64_t vectors, __m256i mask) {
+void multiply_columns(const SpmmCall& call, Range rows, int64_t column, int64_t vectors,
+                      __m256i mask) {
   if (vectors == 1) return multiply_block_rows<1, kMasked>(call, rows, column, mask);
   if (vectors == 2) return multiply_block_rows<2, kMasked>(call, rows, column, mask);
   return multiply_block_rows<kBlockTileVectors, kMasked>(call, rows, column, mask);

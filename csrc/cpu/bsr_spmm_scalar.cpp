@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// y = clamp(W x + bias + residual) for W in blocks of block_rows x block_cols: the teaching version and the fallback.
+// y = clamp(W x + bias + residual) for W in blocks of block_rows x block_cols: the teaching version
+// and the fallback.
 //
-// A call owns block rows [rows.begin, rows.end) and columns [columns.begin, columns.end) of y. Rows and columns of a block
-// that stick out of the matrix are skipped: they have no x and no y.
+// A call owns block rows [rows.begin, rows.end) and columns [columns.begin, columns.end) of y. Rows
+// and columns of a block that stick out of the matrix are skipped: they have no x and no y.
 #include "kernels.h"
 
 namespace sparselt::cpu {

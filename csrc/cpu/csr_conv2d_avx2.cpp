@@ -1,11 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// y[m, p, q] = clamp(sum_k W[m, k] * plane_k[p, q] + bias[m] + residual[m, p, q]) for W in CSR: direct convolution.
+// y[m, p, q] = clamp(sum_k W[m, k] * plane_k[p, q] + bias[m] + residual[m, p, q]) for W in CSR:
+// direct convolution.
 //
-// kernels.h says how column k of W becomes a shifted plane of x, whatever the stride, padding and dilation: a tile of up to
-// 64 flat pixels is then computed as in csr_spmm_avx2, with unaligned loads and no test for borders. Where the planes carry
-// a halo (pitch > out_width) the tile goes through a small buffer and only its real pixels are written; the pixels thrown
-// away, (pitch - out_width) / pitch of the work, are the price of loads without gathers. Slow on very narrow maps.
+// kernels.h says how column k of W becomes a shifted plane of x, whatever the stride, padding and
+// dilation: a tile of up to 64 flat pixels is then computed as in csr_spmm_avx2, with unaligned
+// loads and no test for borders. Where the planes carry a halo (pitch > out_width) the tile goes
+// through a small buffer and only its real pixels are written; the pixels thrown away, (pitch -
+// out_width) / pitch of the work, are the price of loads without gathers. Slow on very narrow maps.
 #include <immintrin.h>
 
 #include "cpu/target.h"
@@ -25,19 +27,22 @@ struct Segment {
 };
 
 // The segments of flat pixels [begin, end), at most one an output row; returns how many.
-int make_segments(const Conv2dCall& call, int64_t begin, int64_t end, Segment (&segments)[kTileColumns + 1]) {
+int make_segments(const Conv2dCall& call, int64_t begin, int64_t end,
+                  Segment (&segments)[kTileColumns + 1]) {
   int count = 0;
   for (int64_t p = begin / call.pitch; p * call.pitch < end; ++p) {
     const int64_t row = p * call.pitch;
     const int64_t first = row > begin ? row : begin;
     const int64_t last = row + call.out_width < end ? row + call.out_width : end;
     if (first >= last) continue;
-    segments[count++] = {p * call.out_width + first - row, static_cast<int>(first - begin), static_cast<int>(last - first)};
+    segments[count++] = {p * call.out_width + first - row, static_cast<int>(first - begin),
+                         static_cast<int>(last - first)};
   }
   return count;
 }
 
-void store_segment(const float* tile, const Segment& segment, const Epilogue& e, const float* residual, float* y) {
+void store_segment(const float* tile, const Segment& segment, const Epilogue& e,
+                   const float* residual, float* y) {
   const __m256 lower = _mm256_set1_ps(e.lower);
   const __m256 upper = _mm256_set1_ps(e.upper);
   for (int j = 0; j < segment.count; j += kLanes) {
@@ -57,22 +62,26 @@ void convolve_tile(const Conv2dCall& call, Range rows, int64_t begin, int64_t en
   const int num_segments = contiguous ? 0 : make_segments(call, begin, end, segments);
   for (int64_t m = rows.begin; m < rows.end; ++m) {
     __m256 sum[NV];
-    accumulate<NV, kMasked>(sum, e.bias ? e.bias[m] : 0.0f, call.weight, call.weight.crow_indices[m],
-                            call.weight.crow_indices[m + 1], offset, call.x + begin, mask);
+    accumulate<NV, kMasked>(sum, e.bias ? e.bias[m] : 0.0f, call.weight,
+                            call.weight.crow_indices[m], call.weight.crow_indices[m + 1], offset,
+                            call.x + begin, mask);
     const int64_t plane = m * call.y_stride;
     const float* residual = e.residual ? e.residual + plane : nullptr;
     if (contiguous) {
-      store_tile<NV, kMasked>(sum, e, residual ? residual + begin : nullptr, call.y + plane + begin, mask);
+      store_tile<NV, kMasked>(sum, e, residual ? residual + begin : nullptr, call.y + plane + begin,
+                              mask);
       continue;
     }
     alignas(32) float tile[NV * kLanes];
     for (int v = 0; v < NV; ++v) _mm256_store_ps(tile + v * kLanes, sum[v]);
-    for (int s = 0; s < num_segments; ++s) store_segment(tile, segments[s], e, residual, call.y + plane);
+    for (int s = 0; s < num_segments; ++s)
+      store_segment(tile, segments[s], e, residual, call.y + plane);
   }
 }
 
 template <bool kMasked>
-void convolve_pixels(const Conv2dCall& call, Range rows, int64_t begin, int64_t end, int64_t vectors, __m256i mask) {
+void convolve_pixels(const Conv2dCall& call, Range rows, int64_t begin, int64_t end,
+                     int64_t vectors, __m256i mask) {
   switch (vectors) {
     case 1:
       return convolve_tile<1, kMasked>(call, rows, begin, end, mask);
@@ -104,7 +113,8 @@ void csr_conv2d_avx2(const Conv2dCall& call, Range rows, Range pixels) {
     if (end <= pixels.end) {
       convolve_pixels<false>(call, rows, begin, end, vectors, __m256i{});
     } else {
-      convolve_pixels<true>(call, rows, begin, pixels.end, vectors, tail_mask(pixels.end - end + kLanes));
+      convolve_pixels<true>(call, rows, begin, pixels.end, vectors,
+                            tail_mask(pixels.end - end + kLanes));
     }
     begin = end;
   }

@@ -2,12 +2,13 @@
 //
 // y = clamp(W x + bias + residual) for W in CSR and a row-major x.
 //
-// A call owns rows [rows.begin, rows.end) and columns [columns.begin, columns.end). Tiles of up to 64 columns are outermost:
-// the panel of x that a tile reads (256 bytes a row of x) is then reused from cache by every row of W, and a row's tile of y
-// lives in registers from bias to clamp. Fast where x has columns to fill the tile; slow where a panel outgrows the caches
-// (many columns of W), and at a handful of columns, where too few accumulators hide the latency.
-// With one column the product is a dot product a row: four partial sums, chosen by the width of the whole product so that
-// the order of summation does not depend on the split.
+// A call owns rows [rows.begin, rows.end) and columns [columns.begin, columns.end). Tiles of up to
+// 64 columns are outermost: the panel of x that a tile reads (256 bytes a row of x) is then reused
+// from cache by every row of W, and a row's tile of y lives in registers from bias to clamp. Fast
+// where x has columns to fill the tile; slow where a panel outgrows the caches (many columns of W),
+// and at a handful of columns, where too few accumulators hide the latency. With one column the
+// product is a dot product a row: four partial sums, chosen by the width of the whole product so
+// that the order of summation does not depend on the split.
 #include <immintrin.h>
 
 #include "cpu/target.h"
@@ -25,15 +26,17 @@ void multiply_tile(const SpmmCall& call, Range rows, int64_t column, __m256i mas
   const RowOffsets offset{call.x_stride};
   for (int64_t m = rows.begin; m < rows.end; ++m) {
     __m256 sum[NV];
-    accumulate<NV, kMasked>(sum, e.bias ? e.bias[m] : 0.0f, call.weight, call.weight.crow_indices[m],
-                            call.weight.crow_indices[m + 1], offset, call.x + column, mask);
+    accumulate<NV, kMasked>(sum, e.bias ? e.bias[m] : 0.0f, call.weight,
+                            call.weight.crow_indices[m], call.weight.crow_indices[m + 1], offset,
+                            call.x + column, mask);
     const int64_t at = m * call.y_stride + column;
     store_tile<NV, kMasked>(sum, e, e.residual ? e.residual + at : nullptr, call.y + at, mask);
   }
 }
 
 template <bool kMasked>
-void multiply_columns(const SpmmCall& call, Range rows, int64_t column, int64_t vectors, __m256i mask) {
+void multiply_columns(const SpmmCall& call, Range rows, int64_t column, int64_t vectors,
+                      __m256i mask) {
   switch (vectors) {
     case 1:
       return multiply_tile<1, kMasked>(call, rows, column, mask);

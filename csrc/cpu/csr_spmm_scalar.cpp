@@ -1,9 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// y = clamp(W x + bias + residual): the teaching version of every CSR product, and the fallback for any CPU.
+// y = clamp(W x + bias + residual): the teaching version of every CSR product, and the fallback for
+// any CPU.
 //
-// A call owns rows [rows.begin, rows.end) and columns [columns.begin, columns.end) of y. It walks a row's stored values and
-// adds value * (row col of x) to the row of y, so that all inner loops run along contiguous memory.
+// A call owns rows [rows.begin, rows.end) and columns [columns.begin, columns.end) of y. It walks a
+// row's stored values and adds value * (row col of x) to the row of y, so that all inner loops run
+// along contiguous memory.
 #include "kernels.h"
 
 namespace sparselt::cpu {

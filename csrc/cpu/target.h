@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Opens and closes the region of a file that is compiled for an instruction set, so that no unit needs flags of its own and
-// nothing outside the region (a shared inline function, say) is ever compiled for a CPU that the user may not have. System
-// headers are included before the region; lambdas, standard templates and namespace-scope SIMD constants stay out of it.
+// Opens and closes the region of a file that is compiled for an instruction set, so that no unit
+// needs flags of its own and nothing outside the region (a shared inline function, say) is ever
+// compiled for a CPU that the user may not have. System headers are included before the region;
+// lambdas, standard templates and namespace-scope SIMD constants stay out of it.
 #pragma once
 
 #define SPARSELT_PRAGMA(text) _Pragma(#text)
@@ -11,6 +12,7 @@
   SPARSELT_PRAGMA(clang attribute push(__attribute__((target(isa))), apply_to = function))
 #define SPARSELT_TARGET_END SPARSELT_PRAGMA(clang attribute pop)
 #else
-#define SPARSELT_TARGET_BEGIN(isa) SPARSELT_PRAGMA(GCC push_options) SPARSELT_PRAGMA(GCC target(isa))
+#define SPARSELT_TARGET_BEGIN(isa) \
+  SPARSELT_PRAGMA(GCC push_options) SPARSELT_PRAGMA(GCC target(isa))
 #define SPARSELT_TARGET_END SPARSELT_PRAGMA(GCC pop_options)
 #endif

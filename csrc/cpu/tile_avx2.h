@@ -1,17 +1,20 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The register tile that the AVX2 CSR kernels share: one stored row times 8 * NV neighbouring columns (or pixels).
+// The register tile that the AVX2 CSR kernels share: one stored row times 8 * NV neighbouring
+// columns (or pixels).
 //
-// A stored value costs one broadcast, NV fused multiply-adds with x as memory operand, and one address. With two loads and
-// two multiply-adds a cycle the bound is NV / (NV + 2) of peak for NV accumulators that hide the multiply-add's latency
-// (8 or more). Include inside the target region, after <immintrin.h> and kernels.h.
+// A stored value costs one broadcast, NV fused multiply-adds with x as memory operand, and one
+// address. With two loads and two multiply-adds a cycle the bound is NV / (NV + 2) of peak for NV
+// accumulators that hide the multiply-add's latency (8 or more). Include inside the target region,
+// after <immintrin.h> and kernels.h.
 #pragma once
 
 namespace sparselt::cpu {
 namespace {
 
-constexpr int kLanes = 8;          // floats a vector
-constexpr int kTileVectors = 8;    // accumulators: 8 of 16 registers, enough to hide 4 cycles of latency twice over
+constexpr int kLanes = 8;  // floats a vector
+constexpr int kTileVectors =
+    8;  // accumulators: 8 of 16 registers, enough to hide 4 cycles of latency twice over
 constexpr int kTileColumns = kLanes * kTileVectors;
 
 // Lanes [0, count) set, for the last vector of a tile.
@@ -20,8 +23,8 @@ inline __m256i tail_mask(int64_t count) {
   return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(count)), lane);
 }
 
-// How a stretch of columns is cut into tiles: as few as possible, of equal width to a vector, so that no narrow (slow) tile is
-// left at the end.
+// How a stretch of columns is cut into tiles: as few as possible, of equal width to a vector, so
+// that no narrow (slow) tile is left at the end.
 struct Tiling {
   int64_t vectors;
   int64_t tiles;
@@ -44,18 +47,19 @@ struct PlaneOffsets {
   int64_t operator()(int32_t column) const { return offsets[column]; }
 };
 
-// sum[v] = start + sum_i values[i] * x[offset(i) + 8 v ...] over stored values [begin, end). With kMasked the last vector
-// reads only the lanes of `mask`.
+// sum[v] = start + sum_i values[i] * x[offset(i) + 8 v ...] over stored values [begin, end). With
+// kMasked the last vector reads only the lanes of `mask`.
 template <int NV, bool kMasked, class Offsets>
-inline void accumulate(__m256 (&sum)[NV], float start, const SparseView& w, int64_t begin, int64_t end,
-                       Offsets offset, const float* x, __m256i mask) {
+inline void accumulate(__m256 (&sum)[NV], float start, const SparseView& w, int64_t begin,
+                       int64_t end, Offsets offset, const float* x, __m256i mask) {
   for (int v = 0; v < NV; ++v) sum[v] = _mm256_set1_ps(start);
   for (int64_t i = begin; i < end; ++i) {
     const __m256 value = _mm256_broadcast_ss(w.values + i);
     const float* column = x + offset(w.col_indices[i]);
     for (int v = 0; v < NV; ++v) {
       const float* at = column + v * kLanes;
-      const __m256 data = kMasked && v == NV - 1 ? _mm256_maskload_ps(at, mask) : _mm256_loadu_ps(at);
+      const __m256 data =
+          kMasked && v == NV - 1 ? _mm256_maskload_ps(at, mask) : _mm256_loadu_ps(at);
       sum[v] = _mm256_fmadd_ps(value, data, sum[v]);
     }
   }
@@ -66,9 +70,11 @@ inline __m256 clamp(__m256 sum, __m256 lower, __m256 upper) {
   return _mm256_min_ps(upper, _mm256_max_ps(lower, sum));
 }
 
-// Adds the residual (null: none), clamps, and writes a tile to 8 * NV neighbouring floats (fewer with kMasked).
+// Adds the residual (null: none), clamps, and writes a tile to 8 * NV neighbouring floats (fewer
+// with kMasked).
 template <int NV, bool kMasked>
-inline void store_tile(const __m256 (&sum)[NV], const Epilogue& e, const float* residual, float* y, __m256i mask) {
+inline void store_tile(const __m256 (&sum)[NV], const Epilogue& e, const float* residual, float* y,
+                       __m256i mask) {
   const __m256 lower = _mm256_set1_ps(e.lower);
   const __m256 upper = _mm256_set1_ps(e.upper);
   for (int v = 0; v < NV; ++v) {
@@ -76,7 +82,8 @@ inline void store_tile(const __m256 (&sum)[NV], const Epilogue& e, const float* 
     const int at = v * kLanes;
     __m256 out = sum[v];
     if (residual) {
-      out = _mm256_add_ps(out, partial ? _mm256_maskload_ps(residual + at, mask) : _mm256_loadu_ps(residual + at));
+      out = _mm256_add_ps(
+          out, partial ? _mm256_maskload_ps(residual + at, mask) : _mm256_loadu_ps(residual + at));
     }
     out = clamp(out, lower, upper);
     if (partial) {

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Turns operator arguments into what kernels are given, and refuses those that do not fit. sparselt/ops.py checks first and
-// says more; these checks guard the direct callers of torch.ops.sparselt.
+// Turns operator arguments into what kernels are given, and refuses those that do not fit.
+// sparselt/ops.py checks first and says more; these checks guard the direct callers of
+// torch.ops.sparselt.
 #pragma once
 
 #include "ops/ops.h"
@@ -12,22 +13,26 @@ namespace sparselt {
 // A contiguous float32 CPU tensor of `tensor`'s values; `name` is for the error.
 Tensor as_float_input(const Tensor& tensor, const char* name);
 
-// The kernel and the view of the weight that it runs on; `dims` is the rank of the weight's dense shape.
+// The kernel and the view of the weight that it runs on; `dims` is the rank of the weight's dense
+// shape.
 struct Weight {
   const KernelInfo* kernel;
   SparseView view;
   std::vector<int64_t> shape;
 };
-Weight as_weight(const Parts& parts, const Ints& meta, const std::string& kernel, std::string_view op, size_t dims);
+Weight as_weight(const Parts& parts, const Ints& meta, const std::string& kernel,
+                 std::string_view op, size_t dims);
 
-// Bias, residual (of shape `shape`, the result's) and clamp. The tensors are held so that the pointers live.
+// Bias, residual (of shape `shape`, the result's) and clamp. The tensors are held so that the
+// pointers live.
 struct HeldEpilogue {
   OptionalTensor bias;
   OptionalTensor residual;
   Epilogue pointers;
 };
-HeldEpilogue as_epilogue(const OptionalTensor& bias, const OptionalTensor& residual, const OptionalBound& lower,
-                         const OptionalBound& upper, int64_t rows, const std::vector<int64_t>& shape);
+HeldEpilogue as_epilogue(const OptionalTensor& bias, const OptionalTensor& residual,
+                         const OptionalBound& lower, const OptionalBound& upper, int64_t rows,
+                         const std::vector<int64_t>& shape);
 
 // An uninitialised contiguous float32 CPU tensor.
 Tensor new_output(const std::vector<int64_t>& shape);
@@ -37,7 +42,11 @@ void check_output(const Tensor& out, const std::vector<int64_t>& shape);
 
 std::vector<int64_t> shape_of(const Tensor& tensor);
 
-inline float* float_data(const Tensor& tensor) { return static_cast<float*>(tensor.mutable_data_ptr()); }
-inline const float* const_float_data(const Tensor& tensor) { return static_cast<const float*>(tensor.const_data_ptr()); }
+inline float* float_data(const Tensor& tensor) {
+  return static_cast<float*>(tensor.mutable_data_ptr());
+}
+inline const float* const_float_data(const Tensor& tensor) {
+  return static_cast<const float*>(tensor.const_data_ptr());
+}
 
 }  // namespace sparselt

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// y (..., M) = clamp(x (..., K) W^T + bias + residual): torch's layout, where features lie next to each other. Kernels want
-// the batch to lie next to each other instead, so x is transposed before and y after; a batch of one needs neither.
+// y (..., M) = clamp(x (..., K) W^T + bias + residual): torch's layout, where features lie next to
+// each other. Kernels want the batch to lie next to each other instead, so x is transposed before
+// and y after; a batch of one needs neither.
 #include <torch/headeronly/util/Exception.h>
 
 #include "ops/check.h"
@@ -15,7 +16,8 @@ constexpr int64_t kTransposeBlock = 16;  // rows and columns: 16 cache lines in,
 
 // to (columns, rows) = clamp(from (rows, columns)^T + residual).
 void transpose(const float* from, int64_t rows, int64_t columns, const Epilogue& e, float* to) {
-  const int64_t grain = std::max<int64_t>(1, (1 << 15) / (std::max<int64_t>(columns, 1) * kTransposeBlock));
+  const int64_t grain =
+      std::max<int64_t>(1, (1 << 15) / (std::max<int64_t>(columns, 1) * kTransposeBlock));
   const int64_t blocks = (rows + kTransposeBlock - 1) / kTransposeBlock;
   torch::stable::parallel_for(0, blocks, grain, [&](int64_t begin, int64_t end) {
     for (int64_t block = begin; block < end; ++block) {
@@ -37,14 +39,14 @@ void transpose(const float* from, int64_t rows, int64_t columns, const Epilogue&
 
 }  // namespace
 
-Tensor linear(Tensor x, Parts parts, Ints meta, OptionalTensor bias, OptionalTensor residual, OptionalBound lower,
-              OptionalBound upper, std::string kernel) {
+Tensor linear(Tensor x, Parts parts, Ints meta, OptionalTensor bias, OptionalTensor residual,
+              OptionalBound lower, OptionalBound upper, std::string kernel) {
   const Weight weight = as_weight(parts, meta, kernel, "spmm", 2);
   const int64_t rows = weight.view.rows;
   const int64_t cols = weight.view.cols;
   std::vector<int64_t> shape = shape_of(x);
-  STD_TORCH_CHECK(!shape.empty() && shape.back() == cols, "x: expected (..., ", cols, "), got a last size of ",
-                  shape.empty() ? 0 : shape.back());
+  STD_TORCH_CHECK(!shape.empty() && shape.back() == cols, "x: expected (..., ", cols,
+                  "), got a last size of ", shape.empty() ? 0 : shape.back());
   int64_t batch = 1;
   for (size_t i = 0; i + 1 < shape.size(); ++i) batch *= shape[i];
   shape.back() = rows;
@@ -53,7 +55,8 @@ Tensor linear(Tensor x, Parts parts, Ints meta, OptionalTensor bias, OptionalTen
   const Epilogue& e = held.pointers;
   Tensor out = new_output(shape);
   if (batch <= 1) {
-    if (batch == 1) run_spmm(*weight.kernel, {weight.view, const_float_data(input), 1, float_data(out), 1, 1, e});
+    if (batch == 1)
+      run_spmm(*weight.kernel, {weight.view, const_float_data(input), 1, float_data(out), 1, 1, e});
     return out;
   }
   const Epilogue none = as_epilogue({}, {}, {}, {}, 0, {}).pointers;
@@ -62,8 +65,8 @@ Tensor linear(Tensor x, Parts parts, Ints meta, OptionalTensor bias, OptionalTen
   transpose(const_float_data(input), batch, cols, none, float_data(columns_in));
   Epilogue in_kernel = none;
   in_kernel.bias = e.bias;
-  run_spmm(*weight.kernel,
-           {weight.view, float_data(columns_in), batch, float_data(columns_out), batch, batch, in_kernel});
+  run_spmm(*weight.kernel, {weight.view, float_data(columns_in), batch, float_data(columns_out),
+                            batch, batch, in_kernel});
   transpose(float_data(columns_out), rows, batch, e, float_data(out));
   return out;
 }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// How a product is split over torch's threads. Pure, but for the call of parallel_for: kernels own whole elements of the
-// result and sum each in stored order, so any split gives the same bits.
+// How a product is split over torch's threads. Pure, but for the call of parallel_for: kernels own
+// whole elements of the result and sum each in stored order, so any split gives the same bits.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -12,17 +12,20 @@
 
 namespace sparselt {
 
-// Below this many multiply-adds a second thread costs more (about 10 us to wake and join) than it saves.
+// Below this many multiply-adds a second thread costs more (about 10 us to wake and join) than it
+// saves.
 constexpr int64_t kSerialWork = 1 << 18;
 
-// Columns are split in multiples of a cache line of floats, so that no two threads write the same line.
+// Columns are split in multiples of a cache line of floats, so that no two threads write the same
+// line.
 constexpr int64_t kColumnGrain = 16;
 
 inline int64_t stored_rows(const SparseView& weight) {
   return (weight.rows + weight.block_rows - 1) / weight.block_rows;
 }
 
-// The `part`-th of `parts` row ranges with about the same number of stored values in each, within [rows.begin, rows.end).
+// The `part`-th of `parts` row ranges with about the same number of stored values in each, within
+// [rows.begin, rows.end).
 inline Range balanced_rows(const SparseView& weight, Range rows, int64_t part, int64_t parts) {
   const int32_t* crow = weight.crow_indices;
   const int64_t first = crow[rows.begin];
@@ -41,13 +44,14 @@ inline Range even_columns(int64_t columns, int64_t part, int64_t parts) {
           std::min(columns, grains * (part + 1) / parts * kColumnGrain)};
 }
 
-// Calls run(item, rows, columns) so that together the calls cover, for each item (an image and group, or the one matrix),
-// rows_of(item) x [0, columns). `tile` is the kernel's tile width: columns are shared out while each thread keeps two tiles,
-// rows otherwise.
+// Calls run(item, rows, columns) so that together the calls cover, for each item (an image and
+// group, or the one matrix), rows_of(item) x [0, columns). `tile` is the kernel's tile width:
+// columns are shared out while each thread keeps two tiles, rows otherwise.
 template <class RowsOf, class Run>
-void parallel_product(const SparseView& weight, int64_t items, int64_t columns, int64_t tile, const RowsOf& rows_of,
-                      const Run& run) {
-  const int64_t stored = weight.crow_indices[stored_rows(weight)] * weight.block_rows * weight.block_cols;
+void parallel_product(const SparseView& weight, int64_t items, int64_t columns, int64_t tile,
+                      const RowsOf& rows_of, const Run& run) {
+  const int64_t stored =
+      weight.crow_indices[stored_rows(weight)] * weight.block_rows * weight.block_cols;
   const int64_t threads = torch::stable::get_num_threads();
   const bool serial = threads == 1 || stored * columns * items < kSerialWork;
   if (serial || items >= 4 * threads) {
