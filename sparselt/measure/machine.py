@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a figure was measured on: the header that goes with every result."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+__all__ = ["cache_bytes", "command_line", "header", "one_line", "torch_isa"]
+
+_FLAGS = (
+    "avx",
+    "avx2",
+    "fma",
+    "f16c",
+    "avx512f",
+    "avx512bw",
+    "avx512vl",
+    "avx512_vnni",
+    "avx512_bf16",
+    "avx512_fp16",
+    "amx_tile",
+    "amx_int8",
+    "amx_bf16",
+    "asimd",
+    "asimddp",
+    "sve",
+)
+_PACKAGES = ("torch", "numpy", "scipy", "onnxruntime", "openvino")
+_ENVIRONMENT = (
+    "SPARSELT_ISA",
+    "SPARSELT_KERNEL",
+    "OMP_NUM_THREADS",
+    "MKL_NUM_THREADS",
+    "OMP_WAIT_POLICY",
+    "KMP_AFFINITY",
+    "GOMP_CPU_AFFINITY",
+    "ATEN_CPU_CAPABILITY",
+    "ONEDNN_MAX_CPU_ISA",
+)
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8", errors="replace").strip()
+    except OSError:
+        return ""
+
+
+def _cpu() -> tuple[str, set[str]]:
+    """The processor's name and all its flags, as far as the system tells."""
+    name, flags = "", set[str]()
+    for line in _read("/proc/cpuinfo").splitlines():
+        key, _, value = (part.strip() for part in line.partition(":"))
+        if key == "model name" and not name:
+            name = value
+        elif key in ("flags", "Features"):
+            flags.update(value.split())
+            break
+    if not name and sys.platform == "darwin":
+        done = _run("sysctl", "-n", "machdep.cpu.brand_string")
+        name = done or ""
+    return name or platform.processor() or platform.machine(), flags
+
+
+def _run(*words: str) -> str | None:
+    """Standard output of a short command, or None if it does not exist or fails."""
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _git() -> dict[str, Any]:
+    """Commit and dirty flag if this package is run from its own checkout; else an empty dict."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return {}
+    commit = _run("git", "-C", str(root), "rev-parse", "HEAD")
+    changes = _run("git", "-C", str(root), "status", "--porcelain", "--untracked-files=no")
+    return {} if commit is None else {"commit": commit, "dirty": bool(changes)}
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in (*_PACKAGES, "sparselt"):
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def cache_bytes() -> dict[str, int]:
+    """Sizes of the data caches that the first core sees, in bytes, by level: "L1", "L2", "L3".
+
+    Empty where the system does not tell. A virtual machine often shows the host's whole last level.
+    """
+    found: dict[str, int] = {}
+    for folder in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
+        if _read(f"{folder}/type") == "Instruction":
+            continue
+        size = _read(f"{folder}/size")
+        if size.endswith("K") and size[:-1].isdigit():
+            found["L" + _read(f"{folder}/level")] = 1024 * int(size[:-1])
+    return found
+
+
+def command_line() -> str:
+    """The command that runs now, without the folders of this machine."""
+    words = list(sys.argv)
+    program = Path(words[0]).name if words and words[0] else "python"
+    if program in ("__main__.py", "sparselt"):
+        program = "sparselt"
+    return shlex.join([program, *(_without_folder(word) for word in words[1:])])
+
+
+def _without_folder(word: str) -> str:
+    return Path(word).name if os.path.isabs(word) else word
+
+
+def torch_isa() -> str:
+    """The instruction set torch's own kernels use, such as "AVX2" or "AVX512"."""
+    import torch
+
+    return str(torch.backends.cpu.get_cpu_capability())
+
+
+def _sparselt_isa() -> str:
+    try:
+        from sparselt import ops
+
+        return str(ops.isa())
+    except ImportError as error:
+        return f"unknown ({type(error).__name__}: the extension is not built)"
+
+
+def header(command: str | None = None) -> dict[str, Any]:
+    """Describe this machine, this process and this build, for the top of a result file.
+
+    Args:
+        command: the command to record; by default the one that runs, with folders cut off.
+
+    Returns:
+        A dictionary of plain values: cpu, flags, caches, cores, affinity, threads, isa, versions,
+        environment, commit, dirty, date, command, virtual_machine, governor.
+
+    Example:
+        >>> header("example")["command"]
+        'example'
+    """
+    import torch
+
+    name, flags = _cpu()
+    affinity = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    return {
+        "cpu": name,
+        "architecture": platform.machine(),
+        "flags": [flag for flag in _FLAGS if flag in flags],
+        "caches_bytes": cache_bytes(),
+        "cores": os.cpu_count(),
+        "affinity": affinity,
+        "threads": torch.get_num_threads(),
+        "isa": _sparselt_isa(),
+        "torch_isa": torch_isa(),
+        "virtual_machine": "hypervisor" in flags,
+        "governor": _read("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor") or "unknown",
+        "system": f"{platform.system()} {platform.release()}",
+        "python": platform.python_version(),
+        "versions": _versions(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "",
+        "environment": {key: os.environ[key] for key in _ENVIRONMENT if key in os.environ},
+        **_git(),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "command": command_line() if command is None else command,
+    }
+
+
+def one_line(machine: dict[str, Any]) -> str:
+    """The part of a header that belongs under every table, in one line.
+
+    Example:
+        >>> one_line({"cpu": "C", "threads": 2, "isa": "avx2", "versions": {"torch": "2.13"}})
+        'C, 2 threads, sparselt kernels: avx2, torch 2.13'
+    """
+    threads = machine["threads"]
+    parts = [
+        str(machine["cpu"]) + (" (virtual machine)" if machine.get("virtual_machine") else ""),
+        f"{threads} thread" + ("" if threads == 1 else "s"),
+        f"sparselt kernels: {machine['isa']}",
+        f"torch {machine['versions'].get('torch', 'unknown')}",
+    ]
+    if "date" in machine:
+        parts.append(str(machine["date"])[:10])
+    return ", ".join(parts)

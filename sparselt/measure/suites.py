@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Layer shapes to time kernels on: real networks' shapes, drawn at random or read from DLMC.
+
+The Deep Learning Matrix Collection (Gale et al., arXiv 1902.09574 and 2006.10901) has the weight
+patterns of magnitude-pruned networks as .smtx text files, without values.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sparselt.errors import DataError, OptionError
+
+__all__ = ["SUITES", "Layer", "dlmc_folder", "random_mask", "read_smtx", "suite"]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer to time: a matrix product, or a convolution if `kernel` is not 0.
+
+    Attributes:
+        name: where it comes from, such as "resnet50.layer3.conv2".
+        rows: output features or channels M.
+        cols: input features K, or input channels of a convolution.
+        columns: columns N of a matrix product at batch 1.
+        kernel: R = S of a convolution, 0 for a matrix product.
+        size: H = W of a convolution's input.
+        stride: of a convolution; padding is kernel // 2.
+
+    Example:
+        >>> Layer("fc", 512, 512, columns=784).case
+        'fc 512x512 N=784'
+    """
+
+    name: str
+    rows: int
+    cols: int
+    columns: int = 1
+    kernel: int = 0
+    size: int = 0
+    stride: int = 1
+
+    @property
+    def case(self) -> str:
+        """The name with the shape, as it stands in tables."""
+        if self.kernel:
+            shape = f"{self.rows}x{self.cols}x{self.kernel}x{self.kernel} {self.size}x{self.size}"
+            return f"{self.name} {shape}" + (f" stride {self.stride}" if self.stride > 1 else "")
+        return f"{self.name} {self.rows}x{self.cols} N={self.columns}"
+
+
+def _resnet50() -> tuple[Layer, ...]:
+    layers: list[Layer] = []
+    for group, (width, size) in enumerate(((64, 56), (128, 28), (256, 14), (512, 7)), start=1):
+        layers += [
+            Layer(f"resnet50.layer{group}.conv1", width, 4 * width, kernel=1, size=size),
+            Layer(f"resnet50.layer{group}.conv2", width, width, kernel=3, size=size),
+            Layer(f"resnet50.layer{group}.conv3", 4 * width, width, kernel=1, size=size),
+        ]
+    return (*layers, Layer("resnet50.fc", 1000, 2048))
+
+
+SUITES: dict[str, tuple[Layer, ...]] = {
+    "matrix": (Layer("matrix", 512, 512, columns=784),),
+    "lenet": (
+        Layer("lenet.fc1", 300, 784),
+        Layer("lenet.fc2", 100, 300),
+        Layer("lenet.fc3", 10, 100),
+    ),
+    "mlp": (
+        Layer("mlp.fc1", 4096, 1024),
+        Layer("mlp.fc2", 4096, 4096),
+        Layer("mlp.fc3", 1024, 4096),
+    ),
+    "resnet20": (
+        Layer("resnet20.layer1", 16, 16, kernel=3, size=32),
+        Layer("resnet20.layer2", 32, 32, kernel=3, size=16),
+        Layer("resnet20.layer3", 64, 64, kernel=3, size=8),
+    ),
+    "vgg19": (
+        Layer("vgg19.conv2", 64, 64, kernel=3, size=32),
+        Layer("vgg19.conv4", 128, 128, kernel=3, size=16),
+        Layer("vgg19.conv6", 256, 256, kernel=3, size=8),
+        Layer("vgg19.conv12", 512, 512, kernel=3, size=4),
+        Layer("vgg19.conv16", 512, 512, kernel=3, size=2),
+    ),
+    "resnet50": _resnet50(),
+}
+
+
+def suite(name: str) -> tuple[Layer, ...]:
+    """The layers of a named suite.
+
+    Raises:
+        OptionError: for an unknown name.
+
+    Example:
+        >>> suite("matrix")[0].rows
+        512
+    """
+    if name not in SUITES:
+        raise OptionError(f"suite: expected one of {', '.join(SUITES)}, got {name!r}")
+    return SUITES[name]
+
+
+def random_mask(
+    shape: tuple[int, ...], density: float, block: tuple[int, int] = (1, 1), seed: int = 0
+) -> Tensor:
+    """A seeded mask, bool of `shape`: kept blocks (rows, cols) of the flattened matrix.
+
+    The number of kept blocks is exact: round(density * blocks).
+
+    Raises:
+        OptionError: if density is not in 0 to 1.
+
+    Example:
+        >>> int(random_mask((4, 5), 0.5).sum())
+        10
+    """
+    if not 0.0 <= density <= 1.0:
+        raise OptionError(f"density: expected 0 to 1, got {density}")
+    rows = shape[0]
+    cols = 1
+    for length in shape[1:]:
+        cols *= length
+    grid = (-(-rows // block[0]), -(-cols // block[1]))
+    generator = torch.Generator().manual_seed(seed)
+    kept = torch.zeros(grid[0] * grid[1], dtype=torch.bool)
+    kept[torch.randperm(kept.numel(), generator=generator)[: round(density * kept.numel())]] = True
+    full = kept.view(grid).repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)
+    return full[:rows, :cols].reshape(shape).contiguous()
+
+
+def read_smtx(path: str | Path) -> Tensor:
+    """The pattern of a DLMC .smtx file as a bool mask (rows, cols).
+
+    Raises:
+        DataError: if the file is not there or not in the format.
+    """
+    try:
+        lines = Path(path).read_text(encoding="ascii").splitlines()
+        rows, cols, nonzeros = (int(word) for word in lines[0].split(","))
+        offsets = torch.tensor([int(word) for word in lines[1].split()])
+        columns = torch.tensor([int(word) for word in (lines[2] if len(lines) > 2 else "").split()])
+    except (OSError, ValueError, IndexError) as error:
+        raise DataError(f"{path}: expected an .smtx file of three lines, got {error}") from error
+    counts = offsets.diff()
+    if (
+        offsets.numel() != rows + 1
+        or columns.numel() != nonzeros
+        or bool((counts < 0).any())
+        or int(counts.sum()) != nonzeros
+        or (nonzeros and not 0 <= int(columns.min()) <= int(columns.max()) < cols)
+    ):
+        raise DataError(
+            f"{path}: the offsets or columns do not fit {rows}x{cols}, {nonzeros} values"
+        )
+    mask = torch.zeros(rows, cols, dtype=torch.bool)
+    mask[torch.repeat_interleave(torch.arange(rows), counts), columns.long()] = True
+    return mask
+
+
+def dlmc_folder() -> Path | None:
+    """The folder `dlmc` under the environment variable SPARSELT_DATA, if it is there."""
+    root = os.environ.get("SPARSELT_DATA", "")
+    folder = Path(root) / "dlmc"
+    return folder if root and folder.is_dir() else None
