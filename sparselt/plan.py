@@ -195,8 +195,9 @@ def choose(
 ) -> Plan:
     """The kernel for one layer: the fastest measured one, or the rule's where nothing was measured.
 
-    A sparse kernel replaces dense only where it takes at most `1 - margin` of dense's time. A format
-    asked for by name is used wherever one of its kernels applies and the weight has zeros.
+    A sparse kernel replaces dense only where it takes at most `1 - margin` of dense's time. A
+    format asked for by name is used wherever one of its kernels applies and the weight has zeros.
+    A forced kernel rules over the layers of its operation; the others are chosen as usual.
 
     Args:
         facts: the layer.
@@ -220,8 +221,9 @@ def choose(
     if not 0 <= margin < 1:
         raise OptionError(f"margin: expected a share in [0, 1), got {margin!r}")
     considered = _with_times(candidates(facts, kernels), times)
-    if forced:
-        return _forced(facts, kernels, considered, forced)
+    plan = _forced(facts, kernels, considered, forced) if forced else None
+    if plan is not None:
+        return plan
     if format == DENSE:
         return _dense(considered, "stays dense: format='dense' was asked for")
     if facts.obstacle:
@@ -272,18 +274,20 @@ def _with_times(
 
 def _forced(
     facts: Facts, kernels: Sequence[KernelInfo], considered: tuple[Candidate, ...], forced: str
-) -> Plan:
-    known = {kernel.name: kernel.op for kernel in kernels}
+) -> Plan | None:
+    """The plan that SPARSELT_KERNEL asks for; None for a layer of another operation."""
+    known = {kernel.name for kernel in kernels}
     if forced != DENSE and forced not in known:
-        names = ", ".join([*known, DENSE])
+        names = ", ".join([*(kernel.name for kernel in kernels), DENSE])
         raise KernelError(f"SPARSELT_KERNEL: expected one of {names}, got {forced!r}")
     reason = "forced by SPARSELT_KERNEL"
     if forced == DENSE:
         return _dense(considered, f"stays dense: {reason}")
     match = next((item for item in considered if item.kernel == forced), None)
     if match is None:
-        # One kernel cannot serve both operations; the layers of the other one stay as they were.
-        return _dense(considered, f"stays dense: {reason} to {forced}, a {known[forced]} kernel")
+        return None
+    if facts.obstacle:
+        return _dense(considered, f"stays dense: {facts.obstacle}")
     if not match.applies:
         raise KernelError(
             f"SPARSELT_KERNEL={forced} does not fit a {facts.op} layer of shape "
