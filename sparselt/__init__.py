@@ -10,13 +10,15 @@ import importlib
 import sys
 from typing import TYPE_CHECKING, Any
 
+from sparselt import errors, formats, ops, plan, tickets
+from sparselt.formats import SparseWeight, pack
+from sparselt.tickets import Ticket, load_ticket
+
 if TYPE_CHECKING:
-    from sparselt import errors, formats, lottery, measure, nn, ops, plan, reference, tickets
+    from sparselt import lottery, measure, nn, reference
     from sparselt.compile import compile
     from sparselt.convert import convert
     from sparselt.explain import explain
-    from sparselt.formats import SparseWeight, pack
-    from sparselt.tickets import Ticket, load_ticket
 
 __version__ = "0.1.0"
 
@@ -41,13 +43,9 @@ __all__ = [
 ]
 
 _HOMES = {
-    "SparseWeight": "sparselt.formats",
-    "Ticket": "sparselt.tickets",
     "compile": "sparselt.compile",
     "convert": "sparselt.convert",
     "explain": "sparselt.explain",
-    "load_ticket": "sparselt.tickets",
-    "pack": "sparselt.formats",
 }
 
 
