@@ -332,8 +332,9 @@ def _finish(
         y = y + _float64(bias).reshape(shape)
     if residual is not None:
         y = y + _float64(residual)
+    # Limits are float32 wherever they are applied, so that a clamped result has no error.
     if lower is not None:
-        y = np.maximum(y, lower)
+        y = np.maximum(y, float(np.float32(lower)))
     if upper is not None:
-        y = np.minimum(y, upper)
+        y = np.minimum(y, float(np.float32(upper)))
     return y

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
@@ -88,6 +89,31 @@ class BSR(SparseWeight):
                 )
             )
         return sizes[0], sizes[1]
+
+    @classmethod
+    def from_parts(
+        cls,
+        parts: Sequence[Tensor],
+        shape: Sequence[int],
+        block: tuple[int, int] | None = None,
+    ) -> Self:
+        """Adopt parts that were made elsewhere, after checking all of them.
+
+        Args:
+            parts: crow_indices, col_indices and values; contiguous, not copied.
+            shape: logical dense shape, 2 to 4 sizes.
+            block: (block_rows, block_cols); None means that of `values`.
+
+        Returns:
+            The weight; its `parts()` are the tensors given.
+
+        Raises:
+            FormatError, DtypeError, ShapeError, DeviceError: as `validate(full=True)` does.
+        """
+        values = parts[-1] if len(parts) == len(cls.part_names) else None
+        if block is None and isinstance(values, Tensor) and values.dim() == 3:
+            block = (values.shape[1], values.shape[2])
+        return cls(parts, shape, block)
 
     @classmethod
     def from_dense(

@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What all tests share: a fixed thread count, and the summary of which kernels were run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+THREADS = 2
+
+
+@pytest.fixture(autouse=True)
+def fixed_threads() -> Iterator[None]:
+    """Give every test the same number of threads, whatever the test before it set."""
+    torch.set_num_threads(THREADS)
+    yield
+    torch.set_num_threads(THREADS)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say how many of the registered kernels a passing test has run by name."""
+    passed = terminalreporter.stats.get("passed", [])
+    tested = {
+        str(value) for report in passed for key, value in report.user_properties if key == "kernel"
+    }
+    if not tested:
+        return
+    from sparselt import ops
+
+    registered = ops.kernels()
+    terminalreporter.write_line(f"tested {len(tested)} of {len(registered)} registered kernels")
+    for kernel in registered:
+        if kernel.name not in tested:
+            reason = kernel.reason or f"no {kernel.device} test was selected"
+            terminalreporter.write_line(f"  not tested: {kernel.name}: {reason}")
