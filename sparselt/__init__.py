@@ -16,9 +16,8 @@ from sparselt.tickets import Ticket, load_ticket
 
 if TYPE_CHECKING:
     from sparselt import lottery, measure, nn, reference
-    from sparselt.compile import compile
-    from sparselt.convert import convert
-    from sparselt.explain import explain
+    from sparselt.conversion import convert
+    from sparselt.explanation import explain
 
 __version__ = "0.1.0"
 
@@ -43,9 +42,9 @@ __all__ = [
 ]
 
 _HOMES = {
-    "compile": "sparselt.compile",
-    "convert": "sparselt.convert",
-    "explain": "sparselt.explain",
+    "compile": "sparselt.program",
+    "convert": "sparselt.conversion",
+    "explain": "sparselt.explanation",
 }
 
 

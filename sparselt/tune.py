@@ -1,0 +1,216 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Measured choice: times a layer's candidates, dense included, and hands the times to the plan.
+
+A layer is timed as its network will meet it. Candidates take turns, so that a change of the
+machine's speed meets all of them alike, and the median of each counts. Where the network's weights
+together exceed the second-level cache, they are cold at every call: before each timed call a
+buffer larger than that cache is read, and then the input, which the layer before has just written.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from sparselt import ops
+from sparselt.facts import facts_of, forced_kernel
+from sparselt.nn import SPARSE_LAYERS, SparseLayer
+from sparselt.plan import DENSE, Candidate, Facts, Plan, candidates, choose
+
+__all__ = ["Tuner", "cache_bytes", "measure"]
+
+# Rounds and time spent on the candidates of one layer.
+_BUDGET_MS = 6.0
+_MIN_ROUNDS = 3
+_MAX_ROUNDS = 40
+# From this length of a call on, its spread is small against it and fewer rounds do.
+_LONG_CALL_US = 3000.0
+
+
+def cache_bytes() -> int:
+    """Bytes of one core's second-level cache; 1 MiB where the system does not tell."""
+    try:
+        size = os.sysconf("SC_LEVEL2_CACHE_SIZE")
+    except (AttributeError, OSError, ValueError):
+        size = 0
+    return size if size > 0 else 1 << 20
+
+
+def measure(
+    calls: Mapping[str, Callable[[], object]],
+    *,
+    prepare: Callable[[], object] | None = None,
+    budget_ms: float = _BUDGET_MS,
+) -> dict[str, float]:
+    """Times several calls in turns, under inference mode and at torch's current thread count.
+
+    Args:
+        calls: what to time, by name.
+        prepare: run before every timed call, untimed; for example to make caches cold.
+        budget_ms: timed milliseconds to spend on all calls together. At least three rounds are
+            run, two where a call takes milliseconds, and at most forty.
+
+    Returns:
+        The median microseconds of each call, by name.
+
+    Example:
+        >>> sorted(measure({"a": lambda: None, "b": lambda: None}))
+        ['a', 'b']
+    """
+    spent: dict[str, list[float]] = {name: [] for name in calls}
+    order = list(calls.items())
+    with torch.inference_mode():
+        for _, call in order:
+            call()
+        total, rounds = 0.0, 0
+        while rounds < _MAX_ROUNDS:
+            # Every second round runs backwards: the one that comes first is not always the same.
+            for name, call in order if rounds % 2 == 0 else reversed(order):
+                if prepare is not None:
+                    prepare()
+                begin = time.perf_counter_ns()
+                call()
+                us = (time.perf_counter_ns() - begin) / 1e3
+                spent[name].append(us)
+                total += us
+            rounds += 1
+            least = 2 if total / rounds > _LONG_CALL_US else _MIN_ROUNDS
+            if rounds >= least and total >= 1e3 * budget_ms:
+                break
+    return {name: statistics.median(times) for name, times in spent.items()}
+
+
+class Tuner:
+    """Plans the layers of one network, timing each kind of layer once.
+
+    Args:
+        format: "auto", "csr", "bsr" or "dense".
+        weight_bytes: bytes of all dense weights of the network; decides whether they are cold.
+
+    Attributes:
+        cold: whether layers are timed with cold weights.
+    """
+
+    def __init__(self, format: str = "auto", weight_bytes: int = 0) -> None:
+        self.format = format
+        self.cold = weight_bytes > cache_bytes()
+        self._times: dict[tuple[object, ...], dict[str, float]] = {}
+        self._flush = torch.empty(0)
+        if self.cold:
+            # Each thread reads its share, which must displace all of its core's cache.
+            self._flush = torch.zeros(2 * cache_bytes() * torch.get_num_threads() // 4)
+
+    def plan(
+        self,
+        module: nn.Module,
+        mask: Tensor | None = None,
+        inputs: Sequence[Tensor] = (),
+        obstacle: str = "",
+    ) -> Plan:
+        """The plan of one layer, measured on `inputs` where there are any.
+
+        Args:
+            module: nn.Linear, nn.Conv1d or nn.Conv2d.
+            mask: which weights are kept; None for those that are not 0.
+            inputs: what the layer is called with, one tensor a call; the times of the calls add up.
+            obstacle: why the layer must stay dense; empty if it may become sparse.
+
+        Raises:
+            KernelError: SPARSELT_KERNEL names a kernel that is unknown or does not fit.
+        """
+        weight = module.weight
+        assert isinstance(weight, Tensor)
+        kept = weight != 0 if mask is None else mask != 0
+        facts = replace(facts_of(module, kept, _columns(module, inputs)), obstacle=obstacle)
+        if self.format == "bsr" and facts.block == (1, 1):
+            facts = replace(facts, block=(4, 1))
+        kernels, forced = ops.kernels(), forced_kernel()
+        pool = self._worth_timing(candidates(facts, kernels))
+        times = None
+        if inputs and pool and facts.density < 1 and not forced and self.format != DENSE:
+            times = self._time(module, mask, facts, pool, inputs)
+        return choose(facts, kernels, times, format=self.format, forced=forced)
+
+    def _worth_timing(self, considered: Iterable[Candidate]) -> list[Candidate]:
+        """The candidates worth timing: not the portable one beside a vector one of its format."""
+        pool = [c for c in considered if c.applies and c.kernel != DENSE]
+        pool = [c for c in pool if self.format in ("auto", c.format)]
+        vector = {c.format for c in pool if not c.kernel.endswith("_scalar")}
+        return [c for c in pool if not c.kernel.endswith("_scalar") or c.format not in vector]
+
+    def _time(
+        self,
+        module: nn.Module,
+        mask: Tensor | None,
+        facts: Facts,
+        pool: list[Candidate],
+        inputs: Sequence[Tensor],
+    ) -> dict[str, float]:
+        geometry = [getattr(module, name, None) for name in ("stride", "padding", "dilation")]
+        # Layers that differ by a few nonzeros are one kind.
+        rounded = round(facts.density, 2)
+        shapes = tuple((tuple(x.shape), x.stride()) for x in inputs)
+        key = (replace(facts, nnz=0), rounded, str(geometry), shapes, torch.get_num_threads())
+        if key not in self._times:
+            total = dict.fromkeys([DENSE, *(c.kernel for c in pool)], 0.0)
+            layers = {c.format: _layer(module, mask, facts, c) for c in pool}
+            for x in inputs:
+                calls: dict[str, Callable[[], object]] = {DENSE: _dense_call(module, x)}
+                for item in pool:
+                    calls[item.kernel] = _sparse_call(layers[item.format], item.kernel, x)
+                prepare = self._cool(x) if self.cold else None
+                for name, us in measure(calls, prepare=prepare).items():
+                    total[name] += us
+            self._times[key] = total
+        return self._times[key]
+
+    def _cool(self, x: Tensor) -> Callable[[], object]:
+        def prepare() -> None:
+            self._flush.sum()
+            x.sum()
+
+        return prepare
+
+
+def _columns(module: nn.Module, inputs: Sequence[Tensor]) -> int | None:
+    """N of the first call's product; None without inputs."""
+    if not inputs:
+        return None
+    x = inputs[0]
+    if isinstance(module, nn.Linear):
+        return math.prod(x.shape[:-1])
+    assert isinstance(module, (nn.Conv1d, nn.Conv2d))
+    axes = len(module.kernel_size)
+    around = module._reversed_padding_repeated_twice[::-1]
+    columns = math.prod(x.shape[: -axes - 1])
+    for i, size in enumerate(x.shape[-axes:]):
+        reach = module.dilation[i] * (module.kernel_size[i] - 1) + 1
+        columns *= (size + around[2 * i] + around[2 * i + 1] - reach) // module.stride[i] + 1
+    return columns
+
+
+def _layer(module: nn.Module, mask: Tensor | None, facts: Facts, item: Candidate) -> SparseLayer:
+    block = facts.block if item.format == "bsr" else (1, 1)
+    kind = next(sparse for dense, sparse in SPARSE_LAYERS.items() if isinstance(module, dense))
+    return kind(module, Plan(item.kernel, item.format, "", block=block), mask)
+
+
+def _dense_call(module: nn.Module, x: Tensor) -> Callable[[], object]:
+    """Torch's operator: `forward` of these layers is F.linear or F.conv and nothing else."""
+    forward = module.forward
+    return lambda: forward(x)
+
+
+def _sparse_call(layer: SparseLayer, kernel: str, x: Tensor) -> Callable[[], object]:
+    def call() -> object:
+        layer.kernel = kernel
+        return layer.forward(x)
+
+    return call
