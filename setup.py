@@ -162,7 +162,11 @@ def sanitizer_flags() -> list[str]:
     """What compiler and linker need for a sanitized build; nothing in an ordinary one."""
     if os.environ.get("SPARSELT_SANITIZE") != "1":
         return []
-    return ["-fsanitize=address,undefined", "-fno-omit-frame-pointer"]
+    return [
+        "-fsanitize=address,undefined",
+        "-fno-sanitize-recover=all",
+        "-fno-omit-frame-pointer",
+    ]
 
 
 def cpu_extension() -> Extension:
