@@ -66,7 +66,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "tune": LAYER,
     "conversion": LAYER | {"tune"},
     "explanation": LAYER | {"conversion"},
-    "program": WHOLE_MODEL,
+    "program": WHOLE_MODEL - {"program"},
     "measure": WHOLE_MODEL | {"reference", "sparselt"},
     "quickstart": EVERYTHING,
     "cli": EVERYTHING | {"quickstart"},
