@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Finding lottery tickets and proving them: one module an idea, one registry a kind of choice."""
+
+from __future__ import annotations
+
+from sparselt.lottery.controls import CONTROLS
+from sparselt.lottery.criteria import CRITERIA
+from sparselt.lottery.data import DATASETS, Data, load_data
+from sparselt.lottery.networks import NETWORKS
+from sparselt.lottery.recipe import Recipe
+from sparselt.lottery.restarts import RESTARTS
+from sparselt.lottery.schedules import SCHEDULES
+from sparselt.lottery.search import Level, Progress, best_level, find_ticket, run_levels
+from sparselt.lottery.training import OPTIMISERS, Outcome, Step, Training, evaluate, train
+
+__all__ = [
+    "CONTROLS",
+    "CRITERIA",
+    "DATASETS",
+    "NETWORKS",
+    "OPTIMISERS",
+    "RESTARTS",
+    "SCHEDULES",
+    "Data",
+    "Level",
+    "Outcome",
+    "Progress",
+    "Recipe",
+    "Step",
+    "Training",
+    "best_level",
+    "evaluate",
+    "find_ticket",
+    "load_data",
+    "run_levels",
+    "train",
+]
