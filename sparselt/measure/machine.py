@@ -13,7 +13,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-__all__ = ["cache_bytes", "command_line", "header", "one_line", "torch_isa"]
+__all__ = ["cache_bytes", "command_line", "header", "is_busy", "one_line", "torch_isa"]
 
 _FLAGS = (
     "avx",
@@ -151,7 +151,8 @@ def header(command: str | None = None) -> dict[str, Any]:
 
     Returns:
         A dictionary of plain values: cpu, flags, caches, cores, affinity, threads, isa, versions,
-        environment, commit, dirty, date, command, virtual_machine, governor.
+        environment, commit, dirty, date, command, virtual_machine, governor, load_average (what
+        else the machine was doing when the measurement began; above half the cores, distrust it).
 
     Example:
         >>> header("example")["command"]
@@ -172,6 +173,7 @@ def header(command: str | None = None) -> dict[str, Any]:
         "isa": _sparselt_isa(),
         "torch_isa": torch_isa(),
         "virtual_machine": "hypervisor" in flags,
+        "load_average": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         "governor": _read("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor") or "unknown",
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
@@ -182,6 +184,17 @@ def header(command: str | None = None) -> dict[str, Any]:
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "command": command_line() if command is None else command,
     }
+
+
+def is_busy(machine: dict[str, Any]) -> bool:
+    """Whether other work took so much of the machine that its times are not to be trusted.
+
+    Example:
+        >>> is_busy({"load_average": 3.1, "cores": 2})
+        True
+    """
+    load, cores = machine.get("load_average"), machine.get("cores")
+    return load is not None and cores is not None and float(load) > max(0.5 * int(cores), 0.75)
 
 
 def one_line(machine: dict[str, Any]) -> str:
@@ -198,6 +211,8 @@ def one_line(machine: dict[str, Any]) -> str:
         f"sparselt kernels: {machine['isa']}",
         f"torch {machine['versions'].get('torch', 'unknown')}",
     ]
+    if is_busy(machine):
+        parts.append(f"BUSY: load average {machine['load_average']:g} before the measurement")
     if "date" in machine:
         parts.append(str(machine["date"])[:10])
     return ", ".join(parts)

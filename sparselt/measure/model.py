@@ -25,14 +25,12 @@ from sparselt.measure.engine import Engine
 from sparselt.measure.machine import header
 from sparselt.measure.timer import Timing, speedup
 
-__all__ = ["EngineRow", "ModelReport", "bench_model", "double_reference", "write_folder"]
+__all__ = ["EngineRow", "ModelReport", "bench_model", "double_reference", "merged", "write_folder"]
 
 # Spinning threads of one engine go to sleep before the next engine's round begins.
 _SETTLE_SECONDS = 0.02
 _LOAD_TIMEOUT = 900.0
 _ROUND_TIMEOUT = 300.0
-# A gain is claimed only above this and above the noise of both engines.
-_MARGIN = 0.05
 
 
 @dataclass
@@ -85,9 +83,10 @@ class ModelReport:
 
     def as_json(self) -> dict[str, Any]:
         """Everything, for `report.write_json`."""
+        key = {name: self.facts[name] for name in ("density", "batch")}
         case = {"case": self.name, **self.facts, "best_dense": self.best_dense}
-        rows = [{"case": self.name, **row.as_json()} for row in self.rows]
-        return {"kind": "model", "machine": self.machine, "facts": case, "rows": rows}
+        rows = [{"case": self.name, **key, **row.as_json()} for row in self.rows]
+        return {"kind": "model", "machine": self.machine, "cases": [case], "rows": rows}
 
 
 def double_reference(model: nn.Module, inputs: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], str]:
@@ -274,6 +273,7 @@ def bench_model(
     facts = {
         "parameters": parameters,
         "density": density,
+        "batch": int(inputs[0].shape[0]) if inputs and inputs[0].ndim else 1,
         "inputs": [list(x.shape) for x in inputs],
         "reference": dtype,
         "tolerance": tolerance,
@@ -302,12 +302,11 @@ def bench_model(
     return report
 
 
-def verdict(row: EngineRow, rows: Sequence[EngineRow]) -> str:
-    """One word on a timed sparse row: faster, slower, or same (within 5 % or the noise)."""
-    if row.timing is None or row.speedup is None:
-        return ""
-    noise = max(other.timing.noise for other in rows if other.timing is not None)
-    margin = max(_MARGIN, noise)
-    if row.speedup[0] > 1 + margin:
-        return "faster"
-    return "slower" if row.speedup[0] < 1 / (1 + margin) else "same"
+def merged(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Several results of `ModelReport.as_json` in one, under the first one's header."""
+    return {
+        "kind": "model",
+        "machine": results[0]["machine"],
+        "cases": [case for result in results for case in result["cases"]],
+        "rows": [row for result in results for row in result["rows"]],
+    }

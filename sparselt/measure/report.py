@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
-import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from sparselt.errors import DataError
 from sparselt.measure.machine import one_line
+from sparselt.tickets.file import replace_file
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -29,15 +28,21 @@ __all__ = [
     "Column",
     "compare",
     "fill_markers",
+    "layer_summary",
+    "layer_tables",
     "markdown",
     "microseconds",
+    "model_table",
     "read_json",
     "rich_table",
+    "sparse_verdict",
     "write_json",
     "write_text",
 ]
 
 SCHEMA = 1
+# A smaller difference is never called a gain or a loss.
+SMALLEST_GAIN = 0.05
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,7 @@ class Column:
     title: str
     cell: Callable[[dict[str, Any]], str]
     right: bool = True
+    whole: bool = False  # never broken over lines on a narrow terminal
 
 
 def microseconds(value: float | None) -> str:
@@ -65,9 +71,9 @@ def microseconds(value: float | None) -> str:
 
 
 def _three_digits(value: float) -> str:
-    if value == 0 or not math.isfinite(value):
-        return f"{value:g}"
-    return f"{value:.{max(0, 2 - math.floor(math.log10(abs(value))))}f}"
+    if abs(value) >= 999.5:
+        return f"{value:.0f}"
+    return f"{value:#.3g}".removesuffix(".") if value else "0"
 
 
 def _status(row: dict[str, Any]) -> str:
@@ -79,9 +85,8 @@ def _time(row: dict[str, Any]) -> str:
 
 
 def _spread(row: dict[str, Any]) -> str:
-    if "p10_us" not in row:
-        return "-"
-    return f"{microseconds(row['p10_us'])} - {microseconds(row['p90_us'])}"
+    """Distance between the quartiles as a share of the median."""
+    return f"{row['iqr_us'] / row['median_us']:.0%}" if "iqr_us" in row else "-"
 
 
 def _speedup(row: dict[str, Any]) -> str:
@@ -97,23 +102,28 @@ def _rate(key: str) -> Callable[[dict[str, Any]], str]:
 
 
 MODEL_COLUMNS = (
-    Column("engine", lambda row: str(row["engine"]), right=False),
+    Column("engine", lambda row: str(row["engine"]), right=False, whole=True),
     Column("median", _time),
-    Column("p10 - p90", _spread),
-    Column("vs best dense", _speedup),
+    Column("IQR", _spread),
+    Column("speed-up", _speedup),
     Column("max error", _error),
     Column("note", _status, right=False),
 )
 LAYER_COLUMNS = (
-    Column("layer", lambda row: str(row["case"]), right=False),
-    Column("density", lambda row: f"{row['density']:g}"),
-    Column("engine", lambda row: str(row["engine"]), right=False),
+    Column("engine", lambda row: str(row["engine"]), right=False, whole=True),
     Column("median", _time),
+    Column("IQR", _spread),
     Column("GFLOP/s", _rate("gflops")),
-    Column("dense-equivalent", _rate("dense_gflops")),
-    Column("vs best dense", _speedup),
+    Column("speed-up", _speedup),
     Column("max error", _error),
     Column("note", _status, right=False),
+)
+SUMMARY_COLUMNS = (
+    Column("layer", lambda row: str(row["case"]), right=False),
+    Column("density", lambda row: f"{row['density']:g}"),
+    Column("best dense", lambda row: f"{microseconds(row['dense_us'])} {row['dense']}"),
+    Column("best kernel", lambda row: f"{microseconds(row['sparse_us'])} {row['sparse']}"),
+    Column("speed-up", lambda row: f"{row['speedup']:.2f}x"),
 )
 
 
@@ -128,10 +138,102 @@ def rich_table(
         title=title, caption=caption or None, title_justify="left", caption_justify="left"
     )
     for column in columns:
-        table.add_column(column.title, justify="right" if column.right else "left")
+        table.add_column(
+            column.title, justify="right" if column.right else "left", no_wrap=column.whole
+        )
     for row in rows:
         table.add_row(*(escape(column.cell(row)) for column in columns))
     return table
+
+
+def model_table(result: dict[str, Any]) -> Table:
+    """The table of one `ModelReport.as_json`, with what was measured and on what under it."""
+    case = result["cases"][0]
+    title = (
+        f"{case['case']}, {case['parameters']:,} parameters, density {case['density']:.3g}, "
+        f"batch {case['batch']}"
+    )
+    caption = one_line(result["machine"])
+    verdict = sparse_verdict(result["rows"], case["best_dense"])
+    return rich_table(title, MODEL_COLUMNS, result["rows"], f"{verdict}\n{caption}")
+
+
+def layer_tables(result: dict[str, Any]) -> list[Table]:
+    """The tables of a result of `bench_layers`: one for each case, or a summary of many."""
+    machine = one_line(result["machine"])
+    cases: dict[tuple[str, float], list[dict[str, Any]]] = {}
+    for row in result["rows"]:
+        cases.setdefault((row["case"], row["density"]), []).append(row)
+    if len(cases) > 3:
+        rows = layer_summary(result["rows"])
+        mean = math.exp(sum(math.log(row["speedup"]) for row in rows) / len(rows)) if rows else 0.0
+        caption = f"Geometric mean of the speed-ups: {mean:.2f}x. {machine}"
+        failed = [row for row in result["rows"] if row["status"] == "FAIL"]
+        if failed:
+            caption += "\nFAILED: " + ", ".join(f"{r['engine']} on {r['case']}" for r in failed)
+        return [rich_table("", SUMMARY_COLUMNS, rows, caption)]
+    tables = []
+    for (case, density), rows in cases.items():
+        title = f"{case}, density {density:g}, batch {rows[0]['batch']}"
+        tables.append(rich_table(title, LAYER_COLUMNS, rows))
+    tables[-1].caption = machine
+    return tables
+
+
+def layer_summary(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row for each case: the best dense engine, the best of our kernels, and the speed-up.
+
+    Other people's sparse engines (torch_csr) are not counted as ours.
+    """
+    cases: dict[tuple[str, float, int], list[dict[str, Any]]] = {}
+    for row in rows:
+        if "median_us" in row:
+            cases.setdefault((row["case"], row["density"], row["batch"]), []).append(row)
+    found = []
+    for (case, density, batch), timed in cases.items():
+        best: dict[bool, dict[str, Any]] = {}
+        for row in sorted(timed, key=lambda row: -float(row["median_us"])):
+            if row["engine"] != "torch_csr":
+                best[row["dense"]] = row
+        if len(best) == 2:
+            found.append(
+                {
+                    "case": case,
+                    "density": density,
+                    "batch": batch,
+                    "dense": best[True]["engine"],
+                    "dense_us": best[True]["median_us"],
+                    "sparse": best[False]["engine"],
+                    "sparse_us": best[False]["median_us"],
+                    "speedup": best[True]["median_us"] / best[False]["median_us"],
+                }
+            )
+    return found
+
+
+def sparse_verdict(rows: Sequence[dict[str, Any]], best_dense: str) -> str:
+    """One sentence: whether the best sparse engine beats the best dense one, and by how much.
+
+    A difference within 5 % or within the noise of the measurement is called none.
+
+    Example:
+        >>> row = {"engine": "sparselt", "dense": False, "speedup": 2.0, "noise": 0.01}
+        >>> sparse_verdict([row], "onnxruntime")
+        'sparselt is 2.00 times as fast as the best dense engine, onnxruntime.'
+    """
+    sparse = [row for row in rows if not row["dense"] and "speedup" in row]
+    if not sparse:
+        return "No sparse engine was timed."
+    best = max(sparse, key=lambda row: float(row["speedup"]))
+    noise = max(SMALLEST_GAIN, *(float(row.get("noise", 0.0)) for row in rows))
+    ratio = float(best["speedup"])
+    if ratio > 1 + noise:
+        how = f"is {ratio:.2f} times as fast as"
+    elif ratio < 1 / (1 + noise):
+        how = f"is slower ({1 / ratio:.2f} times the time) than"
+    else:
+        how = f"differs by no more than the noise ({noise:.0%}) from"
+    return f"{best['engine']} {how} the best dense engine, {best_dense}."
 
 
 def markdown(columns: Sequence[Column], rows: Iterable[dict[str, Any]]) -> str:
@@ -155,17 +257,7 @@ def markdown(columns: Sequence[Column], rows: Iterable[dict[str, Any]]) -> str:
 
 def write_text(path: str | Path, text: str) -> None:
     """Write a file beside and then rename it, so that it is never half written."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    replace_file(Path(path), text.encode("utf-8"))
 
 
 def write_json(path: str | Path, result: dict[str, Any]) -> None:
@@ -234,7 +326,7 @@ def compare(before: dict[str, Any], after: dict[str, Any]) -> tuple[list[dict[st
             continue
         was = old[_key(row)]
         ratio = was["median_us"] / row["median_us"]
-        noise = max(0.05, float(was.get("noise", 0.0)), float(row.get("noise", 0.0)))
+        noise = max(SMALLEST_GAIN, float(was.get("noise", 0.0)), float(row.get("noise", 0.0)))
         verdict = "faster" if ratio > 1 + noise else "slower" if ratio < 1 / (1 + noise) else "same"
         rows.append(
             {
@@ -261,7 +353,7 @@ def compare(before: dict[str, Any], after: dict[str, Any]) -> tuple[list[dict[st
 COMPARE_COLUMNS = (
     Column("case", lambda row: str(row["case"]), right=False),
     Column("density", lambda row: str(row["density"])),
-    Column("engine", lambda row: str(row["engine"]), right=False),
+    Column("engine", lambda row: str(row["engine"]), right=False, whole=True),
     Column("before", lambda row: microseconds(row["before_us"])),
     Column("after", lambda row: microseconds(row["after_us"])),
     Column("speed-up", lambda row: f"{row['ratio']:.2f}x"),

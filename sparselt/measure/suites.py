@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sparselt.errors import DataError, OptionError
+from sparselt.errors import OptionError
 
-__all__ = ["SUITES", "Layer", "dlmc_folder", "random_mask", "read_smtx", "suite"]
+__all__ = ["SUITES", "Layer", "dlmc_folder", "random_mask", "suite"]
 
 
 @dataclass(frozen=True)
@@ -134,35 +134,6 @@ def random_mask(
     kept[torch.randperm(kept.numel(), generator=generator)[: round(density * kept.numel())]] = True
     full = kept.view(grid).repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)
     return full[:rows, :cols].reshape(shape).contiguous()
-
-
-def read_smtx(path: str | Path) -> Tensor:
-    """The pattern of a DLMC .smtx file as a bool mask (rows, cols).
-
-    Raises:
-        DataError: if the file is not there or not in the format.
-    """
-    try:
-        lines = Path(path).read_text(encoding="ascii").splitlines()
-        rows, cols, nonzeros = (int(word) for word in lines[0].split(","))
-        offsets = torch.tensor([int(word) for word in lines[1].split()])
-        columns = torch.tensor([int(word) for word in (lines[2] if len(lines) > 2 else "").split()])
-    except (OSError, ValueError, IndexError) as error:
-        raise DataError(f"{path}: expected an .smtx file of three lines, got {error}") from error
-    counts = offsets.diff()
-    if (
-        offsets.numel() != rows + 1
-        or columns.numel() != nonzeros
-        or bool((counts < 0).any())
-        or int(counts.sum()) != nonzeros
-        or (nonzeros and not 0 <= int(columns.min()) <= int(columns.max()) < cols)
-    ):
-        raise DataError(
-            f"{path}: the offsets or columns do not fit {rows}x{cols}, {nonzeros} values"
-        )
-    mask = torch.zeros(rows, cols, dtype=torch.bool)
-    mask[torch.repeat_interleave(torch.arange(rows), counts), columns.long()] = True
-    return mask
 
 
 def dlmc_folder() -> Path | None:

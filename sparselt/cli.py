@@ -1,0 +1,341 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The `sparselt` command: reads the arguments, calls one function, prints what it gives back."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import sparselt
+from sparselt.errors import OptionError, SparseltError
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+
+    from sparselt.measure.suites import Layer
+
+__all__ = ["main", "parser"]
+
+_DESCRIPTION = (
+    "Finds winning lottery tickets, and runs them fast: sparse kernels and formats for PyTorch."
+)
+_EXIT_FAILED, _EXIT_USAGE, _EXIT_STOPPED = 1, 2, 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code and never shows a user's mistake as a traceback.
+
+    Exit codes: 0 done, 1 a check failed (a wrong output, a kernel's self-test), 2 wrong input,
+    130 stopped by Ctrl-C.
+    """
+    arguments = parser().parse_args(argv)
+    try:
+        code: int = arguments.run(arguments)
+    except KeyboardInterrupt:
+        print("\nsparselt: stopped", file=sys.stderr)
+        return _EXIT_STOPPED
+    except BrokenPipeError:
+        sys.stderr.close()  # the reader went away (`| head`): nobody is left to tell
+        return _EXIT_FAILED
+    except (SparseltError, OSError) as error:
+        print(f"sparselt: {error}", file=sys.stderr)
+        return _EXIT_USAGE
+    return code
+
+
+def parser() -> argparse.ArgumentParser:
+    """The whole command line; nothing heavy is imported to build it."""
+    top = argparse.ArgumentParser(prog="sparselt", description=_DESCRIPTION)
+    top.add_argument("--version", action="version", version=f"sparselt {sparselt.__version__}")
+    commands = top.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    for add in (_quickstart, _find, _inspect, _convert, _bench, _compare, _doctor):
+        add(commands)
+    return top
+
+
+def _command(
+    commands: Any, name: str, run: Callable[[argparse.Namespace], int], text: str
+) -> argparse.ArgumentParser:
+    made: argparse.ArgumentParser = commands.add_parser(
+        name, help=text, description=text[0].upper() + text[1:] + "."
+    )
+    made.set_defaults(run=run)
+    made.add_argument("--json", metavar="FILE", help="write everything measured to FILE as JSON")
+    return made
+
+
+def _threads(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--threads", type=_positive, metavar="N", help="threads of every engine (default: torch's)"
+    )
+
+
+def _quickstart(commands: Any) -> None:
+    text = "find tickets on handwritten digits, run them sparse, and compare: under three minutes"
+    command = _command(commands, "quickstart", _run_quickstart, text)
+    command.add_argument(
+        "--out", default="sparselt-quickstart", metavar="FOLDER", help="default: %(default)s"
+    )
+    command.add_argument("--seed", type=int, default=0, help="of everything random (default: 0)")
+    command.add_argument("--fast", action="store_true", help="a few seconds, for a smoke test")
+    _threads(command)
+
+
+def _find(commands: Any) -> None:
+    text = "find a ticket by iterative magnitude pruning with reset to the original weights"
+    command = _command(commands, "find", _run_find, text)
+    command.add_argument(
+        "--out", default="ticket.safetensors", metavar="FILE", help="default: %(default)s"
+    )
+    command.add_argument("--runs", metavar="FOLDER", help="keep the run there, and resume it")
+    if "find" in sys.argv[1:2]:
+        from sparselt.lottery import Recipe
+
+        Recipe.add_flags(command)
+
+
+def _inspect(commands: Any) -> None:
+    text = "say what is in a ticket or checkpoint: density, blocks and size, tensor by tensor"
+    command = _command(commands, "inspect", _run_inspect, text)
+    command.add_argument("file", metavar="FILE", help="ticket, .pt, .safetensors, .npz, .smtx, ...")
+    command.add_argument("--format", help="the file's kind, if it cannot be told from the file")
+
+
+def _convert(commands: Any) -> None:
+    text = "turn a pruned checkpoint of any format that inspect reads into one packed ticket file"
+    command = _command(commands, "convert", _run_convert, text)
+    command.add_argument("file", metavar="FILE", help="what to read")
+    command.add_argument("output", metavar="OUTPUT", help="the ticket to write (.safetensors)")
+    command.add_argument("--format", help="the file's kind, if it cannot be told from the file")
+    command.add_argument("--model", metavar="FILE", help="trained weights, if FILE has masks only")
+    command.add_argument("--initial", metavar="FILE", help="original weights, kept in the ticket")
+
+
+def _bench(commands: Any) -> None:
+    text = "time networks, layers or one kernel against the strongest dense engines"
+    made = commands.add_parser("bench", help=text, description=text[0].upper() + text[1:] + ".")
+    kinds = made.add_subparsers(title="what to time", required=True, metavar="KIND")
+    model = _command(
+        kinds,
+        "model",
+        _run_bench_model,
+        "time a whole network, every engine in its own process, outputs checked first",
+    )
+    model.add_argument("network", help="lenet, mlp, resnet20, vgg19, resnet50, or file.py:function")
+    model.add_argument("--ticket", metavar="FILE", help="weights to load, of any readable format")
+    model.add_argument(
+        "--density", type=float, default=0.1, help="random zeros without a ticket (default: 0.1)"
+    )
+    model.add_argument("--batch", type=_positive, nargs="+", default=[1], metavar="N")
+    model.add_argument("--input", metavar="C,H,W", help="shape of one input, without the batch")
+    model.add_argument("--engines", metavar="A,B", help="default: all that are installed")
+    model.add_argument("--rounds", type=_positive, default=10, help="turns (default: 10)")
+    _threads(model)
+    layers = _command(
+        kinds, "layers", _run_bench_layers, "time the layers of a known network, kernel by kernel"
+    )
+    layers.add_argument("suite", help="matrix, lenet, mlp, resnet20, vgg19 or resnet50")
+    kernel = _command(
+        kinds, "kernel", _run_bench_kernel, "time every kernel on one product y = W x"
+    )
+    kernel.add_argument("--shape", default="512x512x784", metavar="MxKxN", help="%(default)s")
+    for command in (layers, kernel):
+        command.add_argument("--density", type=float, nargs="+", default=[0.1], metavar="D")
+        command.add_argument("--batch", type=_positive, default=1, metavar="N")
+        command.add_argument("--block", default="1x1", metavar="RxC", help="zeros in whole blocks")
+        command.add_argument("--cold", action="store_true", help="empty the caches before a call")
+        command.add_argument("--seconds", type=float, default=0.3, help="least time of each")
+        _threads(command)
+
+
+def _compare(commands: Any) -> None:
+    text = "compare two results that bench wrote with --json, row by row"
+    command = _command(commands, "compare", _run_compare, text)
+    command.add_argument("before", metavar="A.json")
+    command.add_argument("after", metavar="B.json")
+
+
+def _doctor(commands: Any) -> None:
+    text = "say what this installation can do here, and why not more; test every kernel"
+    _command(commands, "doctor", _run_doctor, text)
+
+
+def _positive(word: str) -> int:
+    if not word.isdecimal() or int(word) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {word!r}")
+    return int(word)
+
+
+def _sizes(word: str, separator: str, count: int | None, option: str) -> tuple[int, ...]:
+    """Whole numbers of at least 1 between separators."""
+    parts = word.split(separator)
+    if not all(part.isdecimal() and int(part) for part in parts) or count not in (None, len(parts)):
+        wanted = "numbers" if count is None else f"{count} numbers"
+        raise OptionError(f"{option}: expected {wanted} joined by {separator!r}, got {word!r}")
+    return tuple(int(part) for part in parts)
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    return Console()
+
+
+def _show(*parts: RenderableType) -> None:
+    console = _console()
+    for part in parts:
+        console.print(part, highlight=False)
+
+
+@contextmanager
+def _status() -> Iterator[Callable[[str], None]]:
+    """A line on the terminal's error stream that says what is being done."""
+    from rich.console import Console
+
+    with Console(stderr=True).status("starting") as status:
+        yield lambda text: status.update(text)
+
+
+def _keep(arguments: argparse.Namespace, result: dict[str, Any]) -> None:
+    from sparselt.measure.report import write_json
+
+    if arguments.json:
+        write_json(arguments.json, result)
+
+
+def _set_threads(arguments: argparse.Namespace) -> None:
+    import torch
+
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+
+
+def _failed(result: dict[str, Any]) -> int:
+    return _EXIT_FAILED if any(row["status"] == "FAIL" for row in result["rows"]) else 0
+
+
+def _run_doctor(arguments: argparse.Namespace) -> int:
+    from sparselt.measure import doctor, report
+
+    result = doctor.doctor()
+    _show(
+        report.rich_table("This installation", doctor.FACT_COLUMNS, result["rows"]),
+        report.rich_table("Kernels", doctor.KERNEL_COLUMNS, result["kernels"]),
+        doctor.ADVICE,
+    )
+    _keep(arguments, result)
+    return 0 if result["healthy"] else _EXIT_FAILED
+
+
+def _run_inspect(arguments: argparse.Namespace) -> int:
+    from sparselt.measure import inspection, report
+
+    hints = {"format": arguments.format} if arguments.format else {}
+    result = inspection.inspect_file(arguments.file, **hints)
+    table = report.rich_table(result["file"], inspection.INSPECT_COLUMNS, result["rows"])
+    _show(table, inspection.summary(result))
+    _keep(arguments, result)
+    return 0
+
+
+def _run_convert(arguments: argparse.Namespace) -> int:
+    from sparselt.measure import inspection
+
+    names = ("format", "model", "initial")
+    hints = {name: getattr(arguments, name) for name in names if getattr(arguments, name)}
+    sparselt.load_ticket(arguments.file, **hints).save(arguments.output)
+    result = inspection.inspect_file(arguments.output)
+    _show(f"Wrote {arguments.output}.", inspection.summary(result))
+    _keep(arguments, result)
+    return 0
+
+
+def _run_bench_model(arguments: argparse.Namespace) -> int:
+    from sparselt.measure import model, networks, report
+
+    shape = _sizes(arguments.input, ",", None, "--input") if arguments.input else None
+    built = networks.pruned_network(arguments.network, shape, arguments.ticket, arguments.density)
+    engines = arguments.engines.split(",") if arguments.engines else None
+    results = []
+    for batch in arguments.batch:
+        inputs = networks.example_inputs(built.shape, batch)
+        with _status() as progress:
+            found = model.bench_model(
+                built.model,
+                inputs,
+                engines,
+                name=arguments.network,
+                rounds=arguments.rounds,
+                threads=arguments.threads,
+                progress=progress,
+            )
+        results.append(found.as_json())
+        _show(report.model_table(results[-1]))
+    result = model.merged(results)
+    _keep(arguments, result)
+    return _failed(result)
+
+
+def _run_bench_layers(arguments: argparse.Namespace) -> int:
+    from sparselt.measure.suites import suite
+
+    return _time_layers(arguments, suite(arguments.suite))
+
+
+def _run_bench_kernel(arguments: argparse.Namespace) -> int:
+    from sparselt.measure.suites import Layer
+
+    rows, cols, columns = _sizes(arguments.shape, "x", 3, "--shape")
+    return _time_layers(arguments, (Layer("matrix", rows, cols, columns=columns),))
+
+
+def _time_layers(arguments: argparse.Namespace, layers: Sequence[Layer]) -> int:
+    from sparselt.measure import layers as timing
+    from sparselt.measure import report
+
+    _set_threads(arguments)
+    block = _sizes(arguments.block, "x", 2, "--block")
+    with _status() as progress:
+        result = timing.bench_layers(
+            layers,
+            arguments.density,
+            batch=arguments.batch,
+            block=(block[0], block[1]),
+            seconds=arguments.seconds,
+            cold=arguments.cold,
+            progress=progress,
+        )
+    _show(*report.layer_tables(result))
+    _keep(arguments, result)
+    return _failed(result)
+
+
+def _run_compare(arguments: argparse.Namespace) -> int:
+    from sparselt.measure import report
+
+    before, after = (report.read_json(file) for file in (arguments.before, arguments.after))
+    rows, warning = report.compare(before, after)
+    title = f"{arguments.before} against {arguments.after}"
+    _show(report.rich_table(title, report.COMPARE_COLUMNS, rows, warning))
+    _keep(arguments, {"kind": "compare", "machine": after["machine"], "rows": rows})
+    return 0
+
+
+def _run_quickstart(arguments: argparse.Namespace) -> int:
+    from sparselt import quickstart
+
+    _set_threads(arguments)
+    result = quickstart.run(arguments.out, seed=arguments.seed, fast=arguments.fast)
+    _keep(arguments, result)
+    return _failed(result)
+
+
+def _run_find(arguments: argparse.Namespace) -> int:
+    from sparselt.lottery import Recipe, find_ticket
+
+    ticket = find_ticket(Recipe.from_flags(arguments))
+    ticket.save(arguments.out)
+    return 0
