@@ -293,9 +293,16 @@ class _SparseConv(SparseLayer):
         before, after = around[0::2][::-1], around[1::2][::-1]
         even = before == after and self.padding_mode == "zeros"
         self._pad_first: list[int] | None = None if even else around
-        self._stride = [*self.stride]
-        self._padding = [*before] if even else [0] * len(before)
-        self._dilation = [*self.dilation]
+        # The operator's view: a conv1d is a conv2d of height 1.
+        lift = [1] * (2 - len(before))
+        self._meta = [*self.weight.meta()[:4], *lift, *self.weight.shape[2:]]
+        self._stride = [*lift, *self.stride]
+        self._padding = [0] * len(lift) + (before if even else [0] * len(before))
+        self._dilation = [*lift, *self.dilation]
+
+    def geometry(self) -> tuple[list[int], list[int], list[int], int]:
+        """Stride, padding, dilation and groups as the operator takes them."""
+        return self._stride, self._padding, self._dilation, self.groups
 
     def _padded(self, input: Tensor) -> Tensor:
         assert self._pad_first is not None
@@ -303,7 +310,7 @@ class _SparseConv(SparseLayer):
         return F.pad(input, self._pad_first, mode=mode)
 
     def _run(self, input: Tensor, parts: list[Any], bias: Tensor | None) -> Tensor:
-        axes = len(self._stride)
+        axes = len(self.stride)
         if input.dim() == axes + 1:
             return self._run(input.unsqueeze(0), parts, bias).squeeze(0)
         if input.dim() != axes + 2 or input.size(1) != self.in_channels:
@@ -315,21 +322,29 @@ class _SparseConv(SparseLayer):
 
     def _run_dense(self, input: Tensor) -> Tensor:
         padded = input if self._pad_first is None else self._padded(input)
-        convolve = F.conv1d if len(self._stride) == 1 else F.conv2d
-        result: Tensor = convolve(
-            padded,
-            self.weight.to_dense(),
-            self.bias,
-            self._stride,
-            self._padding,
-            self._dilation,
-            self.groups,
-        )
+        axes = len(self.stride)
+        convolve = F.conv1d if axes == 1 else F.conv2d
+        steps = (self._stride[-axes:], self._padding[-axes:], self._dilation[-axes:])
+        result: Tensor = convolve(padded, self.weight.to_dense(), self.bias, *steps, self.groups)
         return result
 
     def _convolve(self, input: Tensor, parts: list[Any], bias: Tensor | None) -> Tensor:
         """The operator call on a batched input of the right channels."""
-        raise NotImplementedError
+        result: Tensor = _CONV2D(
+            input,
+            parts,
+            self._meta,
+            bias,
+            None,
+            self._stride,
+            self._padding,
+            self._dilation,
+            self.groups,
+            self.lower,
+            self.upper,
+            self.kernel,
+        )
+        return result
 
 
 class SparseConv2d(_SparseConv):
@@ -344,23 +359,6 @@ class SparseConv2d(_SparseConv):
 
     op = "conv2d"
     dense_kind = nn.Conv2d
-
-    def _convolve(self, input: Tensor, parts: list[Any], bias: Tensor | None) -> Tensor:
-        result: Tensor = _CONV2D(
-            input,
-            parts,
-            self._modules["weight"]._meta,  # type: ignore[union-attr]
-            bias,
-            None,
-            self._stride,
-            self._padding,
-            self._dilation,
-            self.groups,
-            self.lower,
-            self.upper,
-            self.kernel,
-        )
-        return result
 
 
 class SparseConv1d(_SparseConv):
@@ -377,22 +375,7 @@ class SparseConv1d(_SparseConv):
     dense_kind = nn.Conv1d
 
     def _convolve(self, input: Tensor, parts: list[Any], bias: Tensor | None) -> Tensor:
-        block_rows, block_cols, *shape = self.weight.meta()
-        result: Tensor = _CONV2D(
-            input.unsqueeze(2),
-            parts,
-            [block_rows, block_cols, shape[0], shape[1], 1, shape[2]],
-            bias,
-            None,
-            [1, *self._stride],
-            [0, *self._padding],
-            [1, *self._dilation],
-            self.groups,
-            self.lower,
-            self.upper,
-            self.kernel,
-        )
-        return result.squeeze(2)
+        return super()._convolve(input.unsqueeze(2), parts, bias).squeeze(2)
 
 
 SPARSE_LAYERS: dict[type[nn.Module], type[SparseLayer]] = {
