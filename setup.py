@@ -137,9 +137,13 @@ def default_jobs() -> int:
 
 def system_includes() -> list[str]:
     """Torch and pybind11 as system headers, so that only our own code can warn."""
-    import pybind11  # a build requirement, not needed to make an sdist
-
-    folders = [pybind11.get_include(), *cpp_extension.include_paths()]
+    folders = cpp_extension.include_paths()
+    try:
+        import pybind11
+    except ImportError:
+        pass  # torch ships the headers of a pybind11 too
+    else:
+        folders.insert(0, pybind11.get_include())
     return [flag for folder in folders for flag in ("-isystem", folder)]
 
 

@@ -273,7 +273,7 @@ def test_cpu_kernels_have_no_weak_symbols(source: Path, tmp_path: Path) -> None:
 
 
 def test_source_files_carry_their_licence() -> None:
-    kinds = CXX_SUFFIXES | {".py", ".toml", ".yaml"}
+    kinds = CXX_SUFFIXES | {".py", ".pyi", ".toml", ".yaml"}
     names = {".clang-format", "Makefile", "run"}
     bare = [
         relative(path)
