@@ -1,0 +1,307 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rewrites a captured graph: layers that gain run sparse, fused with what follows them.
+
+The graph may come from torch.export or from Dynamo. Whatever is not lowered stays as it was, and
+runs in torch.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.passes.fake_tensor_prop import FakeTensorProp
+
+from sparselt.conversion import PLAN_ATTRIBUTE
+from sparselt.explanation import Row, row_of
+from sparselt.fuse import Fusion, fold_batch_norm, follow
+from sparselt.layers import Constants, GraphLayer, read_layer, set_weights
+from sparselt.nn import SPARSE_LAYERS, SparseConv2d, SparseLayer, SparseLinear
+from sparselt.plan import DENSE, Plan
+from sparselt.tune import Tuner
+
+__all__ = ["Lowered", "lower"]
+
+_LINEAR = torch.ops.sparselt.linear.default
+_CONV2D = torch.ops.sparselt.conv2d.default
+
+
+@dataclass
+class Lowered:
+    """A graph after lowering.
+
+    Attributes:
+        module: runs it; takes the placeholders' values in order.
+        unused: indices of the placeholders that nothing reads any more.
+        rows: what became of each layer, in graph order.
+        sources: indices of the placeholders whose values are baked into packed weights.
+        others: how often each other operation is called; these run in torch.
+    """
+
+    module: fx.GraphModule
+    unused: list[int] = field(default_factory=list)
+    rows: list[Row] = field(default_factory=list)
+    sources: list[int] = field(default_factory=list)
+    others: dict[str, int] = field(default_factory=dict)
+
+
+def lower(
+    module: fx.GraphModule,
+    values: Mapping[int, Tensor],
+    inputs: Sequence[Any],
+    tuner: Tuner,
+    names: Mapping[int, str] | None = None,
+    packed: dict[tuple[Any, ...], Any] | None = None,
+) -> Lowered:
+    """Lowers a copy of a graph.
+
+    Args:
+        module: the graph; not changed.
+        values: the known placeholders (weights and buffers), by index.
+        inputs: a value for every placeholder; shapes are taken from these.
+        tuner: plans and times.
+        names: names of the known placeholders, for the rows.
+        packed: layers made before from the same weights, and a place to leave new ones, so
+            that several lowerings of one graph share their memory.
+    """
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(module.graph, {}))
+    result = fx.GraphModule(module, graph)
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    constant = Constants({placeholders[i]: value for i, value in values.items()})
+    _propagate(result, inputs)
+    lowering = _Lowering(graph, constant, tuner, {} if packed is None else packed)
+    for index, name in (names or {}).items():
+        lowering.names[placeholders[index]] = name
+    for node in list(graph.nodes):
+        layer = read_layer(node, constant)
+        if layer is not None:
+            lowering.take(layer)
+    _erase_unread_constants(graph, constant)
+    graph.lint()
+    result.recompile()
+    unused = [i for i, node in enumerate(placeholders) if not node.users]
+    sources = [i for i, node in enumerate(placeholders) if node in lowering.sources]
+    others = Counter(
+        _operation(node)
+        for node in graph.nodes
+        if node.op.startswith("call_") and node not in lowering.done
+    )
+    return Lowered(result, unused, lowering.rows, sources, dict(others))
+
+
+def _propagate(module: fx.GraphModule, inputs: Sequence[Any]) -> None:
+    """Leaves the shape of every node's value in its meta, without computing anything."""
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with mode, torch.no_grad():
+        fakes = [
+            mode.from_tensor(x.detach(), static_shapes=True) if isinstance(x, Tensor) else x
+            for x in inputs
+        ]
+    with torch.no_grad():
+        FakeTensorProp(module, mode).propagate_dont_convert_inputs(*fakes)
+
+
+def _operation(node: fx.Node) -> str:
+    """The name of what a node calls: "relu" for torch.relu, aten.relu.default and Tensor.relu."""
+    packet = getattr(node.target, "overloadpacket", node.target)
+    return str(getattr(packet, "__name__", packet))
+
+
+def _erase_unread_constants(graph: fx.Graph, constant: Constants) -> None:
+    """Erases transposes of lowered weights; any other unread call may act by changing a tensor."""
+    for node in reversed(list(graph.nodes)):
+        if node.op != "placeholder" and not node.users and constant(node) is not None:
+            graph.erase_node(node)
+
+
+class _Lowering:
+    """The state of one pass over a graph."""
+
+    def __init__(
+        self,
+        graph: fx.Graph,
+        constant: Constants,
+        tuner: Tuner,
+        packed: dict[tuple[Any, ...], Any],
+    ) -> None:
+        self.graph = graph
+        self.constant = constant
+        self.tuner = tuner
+        self.packed = packed
+        self.names: dict[fx.Node, str] = {}
+        self.rows: list[Row] = []
+        self.sources: set[fx.Node] = set()
+        self.done: set[fx.Node] = set()
+
+    def take(self, layer: GraphLayer) -> None:
+        """Plans one layer, and rewrites it if its plan is sparse."""
+        value = layer.input.meta.get("val")
+        name, inputs, obstacle = self.name_of(layer), [], ""
+        if isinstance(value, Tensor):
+            inputs = [_look_alike(value)]
+            if value.dtype != torch.float32:
+                obstacle = f"its input is {value.dtype}, and kernels compute float32"
+        plan = self.tuner.plan(layer.module, inputs=inputs, obstacle=obstacle)
+        fusion = self.fusion_of(layer)
+        fused = fusion.describe()
+        if fused:
+            plan = replace(plan, reason=f"{plan.reason}; with {fused}")
+        if not plan.is_dense:
+            sparse = self.sparse(layer, plan, fusion)
+            self.replace(layer, fusion, _bind(sparse, _direct(layer)))
+            row = row_of(name, sparse)
+        else:
+            setattr(layer.module, PLAN_ATTRIBUTE, plan)
+            row = row_of(name, layer.module)
+            if fused:
+                self.replace(layer, fusion, self.dense(layer, fusion))
+            else:
+                self.done.add(layer.node)
+        assert row is not None
+        self.rows.append(row)
+
+    def name_of(self, layer: GraphLayer) -> str:
+        """The module path that the weight's name tells, or the node's own name."""
+        if not layer.sources:
+            return layer.node.name
+        source = layer.sources[0]
+        return self.names.get(source, _readable(source.name)).removesuffix(".weight")
+
+    def fusion_of(self, layer: GraphLayer) -> Fusion:
+        """What can be computed together with a layer."""
+        linear = isinstance(layer.module, nn.Linear)
+        fusion = follow(layer.node, self.constant, linear, residual=_direct(layer))
+        norm = fusion.batch_norm
+        if norm is not None and fold_batch_norm(*_weights(layer.module), norm) is None:
+            return Fusion(layer.node, [layer.node])
+        return fusion
+
+    def sparse(self, layer: GraphLayer, plan: Plan, fusion: Fusion) -> SparseLayer:
+        """The layer as planned; its packed weight is shared among the lowerings of one graph."""
+        key = (layer.node.name, plan.format, plan.block)
+        if key not in self.packed:
+            weight, _ = _weights(layer.module)
+            made = SPARSE_LAYERS[type(layer.module)](_folded(layer, fusion), plan, weight != 0)
+            made.lower, made.upper = fusion.lower, fusion.upper
+            self.packed[key] = made
+        sparse: SparseLayer = copy.copy(self.packed[key])
+        sparse.kernel, sparse.plan = plan.kernel, plan
+        return sparse
+
+    def dense(self, layer: GraphLayer, fusion: Fusion) -> Callable[..., Tensor]:
+        """Torch's own operator with the batch norm folded, and the rest done in place after it."""
+        key = (layer.node.name, DENSE)
+        if key not in self.packed:
+            self.packed[key] = _folded(layer, fusion)
+        return _bind_dense(self.packed[key], fusion.lower, fusion.upper)
+
+    def replace(self, layer: GraphLayer, fusion: Fusion, step: Callable[..., Tensor]) -> None:
+        """Puts one call in place of the layer and of what is fused with it."""
+        arguments = [layer.input] + ([fusion.residual] if fusion.residual is not None else [])
+        with self.graph.inserting_before(fusion.end):
+            call = self.graph.call_function(step, tuple(arguments))
+        call.meta = dict(fusion.end.meta)
+        fusion.end.replace_all_uses_with(call)
+        for node in reversed(fusion.chain):
+            self.graph.erase_node(node)
+        self.sources.update(layer.sources, fusion.sources)
+        self.done.add(call)
+
+
+def _folded(layer: GraphLayer, fusion: Fusion) -> nn.Module:
+    """The layer's module with the batch norm in its weights."""
+    if fusion.batch_norm is None:
+        return layer.module
+    module = copy.copy(layer.module)
+    module._parameters = dict(module._parameters)
+    folded = fold_batch_norm(*_weights(layer.module), fusion.batch_norm)
+    assert folded is not None
+    set_weights(module, *folded)
+    return module
+
+
+def _weights(module: nn.Module) -> tuple[Tensor, Tensor | None]:
+    weight, bias = module.weight, module.bias
+    assert isinstance(weight, Tensor)
+    assert bias is None or isinstance(bias, Tensor)
+    return weight, bias
+
+
+def _direct(layer: GraphLayer) -> bool:
+    """Whether the operator takes the layer's input as it is, so that a residual can be added."""
+    if isinstance(layer.module, nn.Linear):
+        return True
+    value = layer.input.meta.get("val")
+    plain = isinstance(layer.module, nn.Conv2d) and not isinstance(layer.module.padding, str)
+    return plain and isinstance(value, Tensor) and value.dim() == 4
+
+
+def _bind(sparse: SparseLayer, direct: bool) -> Callable[..., Tensor]:
+    """What a graph calls for a sparse layer: the operator with all but its input filled in."""
+    parts, meta = sparse.weight.parts(), sparse.weight.meta()
+    bias, lower, upper, kernel = sparse.bias, sparse.lower, sparse.upper, sparse.kernel
+
+    if isinstance(sparse, SparseLinear):
+
+        def step(x: Tensor, residual: Tensor | None = None) -> Tensor:
+            result: Tensor = _LINEAR(x, parts, meta, bias, residual, lower, upper, kernel)
+            return result
+
+    elif isinstance(sparse, SparseConv2d) and direct:
+        geometry = sparse.geometry()
+
+        def step(x: Tensor, residual: Tensor | None = None) -> Tensor:
+            result: Tensor = _CONV2D(
+                x, parts, meta, bias, residual, *geometry, lower, upper, kernel
+            )
+            return result
+
+    else:
+
+        def step(x: Tensor, residual: Tensor | None = None) -> Tensor:
+            assert residual is None
+            return sparse.forward(x)
+
+    step.__name__ = step.__qualname__ = kernel
+    return step
+
+
+def _bind_dense(
+    module: nn.Module, lower: float | None, upper: float | None
+) -> Callable[..., Tensor]:
+    """What a graph calls for a layer that stays dense and has something fused."""
+    forward = module.forward
+
+    def step(x: Tensor, residual: Tensor | None = None) -> Tensor:
+        y: Tensor = forward(x)
+        if residual is not None:
+            y.add_(residual)
+        if lower == 0.0 and upper is None:
+            return y.relu_()
+        return y if lower is None and upper is None else y.clamp_(lower, upper)
+
+    step.__name__ = step.__qualname__ = f"dense_{type(module).__name__.lower()}"
+    return step
+
+
+def _look_alike(value: Tensor) -> Tensor:
+    """A random tensor of the shape, layout and device of a fake one."""
+    x = torch.randn(value.shape, dtype=torch.float32, device=value.device).to(value.dtype)
+    last = torch.channels_last
+    channels_last = value.dim() == 4 and value.is_contiguous(memory_format=last)
+    return x.contiguous(memory_format=last) if channels_last and not value.is_contiguous() else x
+
+
+def _readable(placeholder: str) -> str:
+    """A placeholder's name of Dynamo as a path of modules, as far as that can be told."""
+    path = re.sub(r"^[lL]_(self|fn|mod)_|_$", "", placeholder)
+    path = re.sub(r"^_?modules_", "", path)
+    return re.sub(r"_(modules|parameters|buffers)_", ".", path)

@@ -1,0 +1,288 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A pruned network as one callable.
+
+`compile` captures the model with torch.export, lowers what gains, and runs the rest in torch. Each
+new set of input shapes is checked against the captured graph on first use: the graph is planned
+again for it (for a power of two of sizes at a time), or captured again, and the result is kept.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from sparselt.capture import Captured, CaptureError, capture
+from sparselt.conversion import as_call, convert, prepare
+from sparselt.errors import OptionError
+from sparselt.explanation import Explanation, explain
+from sparselt.lowering import Lowered, lower
+from sparselt.tune import Tuner
+
+__all__ = ["Program", "compile"]
+
+# Graphs kept for different shapes; the oldest goes when one more is captured.
+_MAX_CAPTURES = 16
+_MAX_ROUTES = 4096
+
+_Run = Callable[[Sequence[Any]], Any]
+
+
+class _Family:
+    """A captured graph, and its lowerings for different sizes."""
+
+    def __init__(self, captured: Captured, tuner: Tuner) -> None:
+        self.captured = captured
+        self.tuner = tuner
+        self.packed: dict[tuple[Any, ...], Any] = {}
+        self.lowered: dict[tuple[Any, ...], tuple[Lowered, _Run]] = {}
+
+    def run_for(self, leaves: Sequence[Any]) -> _Run:
+        """What runs inputs of these shapes."""
+        key = self.bucket(leaves)
+        if key not in self.lowered:
+            constants = self.captured.constants
+            lowered = lower(
+                self.captured.module,
+                dict(enumerate(constants)),
+                [*constants, *leaves],
+                self.tuner,
+                dict(enumerate(self.captured.names)),
+                self.packed,
+            )
+            self.lowered[key] = lowered, _runner(lowered, self.captured)
+        return self.lowered[key][1]
+
+    def bucket(self, leaves: Sequence[Any]) -> tuple[Any, ...]:
+        """Shapes that are planned alike: free sizes count by their power of two."""
+        key: list[Any] = []
+        for leaf, shape in zip(leaves, self.captured.shapes, strict=True):
+            if shape is not None:
+                free = (got for want, got in zip(shape, leaf.shape, strict=True) if want is None)
+                key.append(tuple((size - 1).bit_length() for size in free))
+        return tuple(key)
+
+
+def _runner(lowered: Lowered, captured: Captured) -> _Run:
+    """The flat call: constants that are still read first, then the inputs."""
+    graph = lowered.module.graph
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    count = len(captured.constants)
+    unused = {index for index in lowered.unused if index < count}
+    for index in unused:
+        graph.erase_node(placeholders[index])
+    lowered.module.recompile()
+    kept = [value for i, value in enumerate(captured.constants) if i not in unused]
+    forward = lowered.module.forward
+    spec = captured.output_spec
+    if spec == pytree.tree_structure(torch.empty(0)):
+        return lambda leaves: forward(*kept, *leaves)[0]
+    return lambda leaves: pytree.tree_unflatten(forward(*kept, *leaves), spec)
+
+
+class Program:
+    """A compiled network; call it as the model. Made by `sparselt.compile`.
+
+    Inputs of any batch, size and type that the model takes are right: the first call with a new
+    size takes longer. May be called from several threads at once. The weights are those of the
+    moment it was compiled.
+
+    Attributes:
+        notes: sentences on what was captured and what was not, for `explain`.
+    """
+
+    notes: list[str]
+
+    def __init__(self, model: nn.Module, example_inputs: Any) -> None:
+        """See `sparselt.compile`."""
+        self._prepared = prepare(model).model
+        self._args, self._kwargs = as_call(example_inputs)
+        parameters = self._prepared.parameters()
+        self._tuner = Tuner(weight_bytes=sum(p.numel() * p.element_size() for p in parameters))
+        self._families: list[_Family] = []
+        self._routes: dict[tuple[Any, ...], _Run] = {}
+        self._converted: nn.Module | None = None
+        self._lock = threading.RLock()
+        self.notes = []
+        try:
+            with torch.no_grad():
+                self._expected = self._prepared(*self._args, **self._kwargs)
+        except Exception as error:
+            kind = type(error).__name__
+            raise OptionError(
+                f"example_inputs: the model fails on them: {kind}: {error}"
+            ) from error
+        leaves, spec = pytree.tree_flatten((self._args, self._kwargs))
+        self._add_route(_signature(leaves, spec), leaves, spec)
+        del self._expected
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's result, computed under inference mode."""
+        with torch.inference_mode():
+            if len(args) == 1 and not kwargs and type(args[0]) is Tensor:
+                x = args[0]
+                run = self._routes.get((x.shape, x.dtype))
+                if run is not None:
+                    return run(args)
+            leaves, spec = pytree.tree_flatten((args, kwargs))
+            key = _signature(leaves, spec)
+            run = self._routes.get(key)
+            return (run or self._add_route(key, leaves, spec))(leaves)
+
+    def explanation(self) -> Explanation:
+        """The layers as planned for the example inputs, and what runs in torch."""
+        if self._converted is not None:
+            return Explanation(explain(self._converted).rows, self.notes)
+        lowered = next(iter(self._families[0].lowered.values()))[0]
+        return Explanation(lowered.rows, [*self.notes, *_rest(lowered)])
+
+    def __repr__(self) -> str:
+        return f"Program of {type(self._prepared).__name__}: {self.explanation().summary()}"
+
+    def _add_route(self, key: tuple[Any, ...], leaves: list[Any], spec: pytree.TreeSpec) -> _Run:
+        """Plans for a new signature; safe to call from several threads."""
+        with self._lock:
+            known = self._routes.get(key)
+            if known is not None:
+                return known
+            # Tensors made under inference mode cannot be traced; copies made outside of it can.
+            with torch.inference_mode(False), torch.no_grad():
+                own = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+                run = self._run_for(own, spec)
+            if len(self._routes) >= _MAX_ROUTES:
+                self._routes.clear()
+            self._routes[key] = run
+            return run
+
+    def _run_for(self, leaves: list[Any], spec: pytree.TreeSpec) -> _Run:
+        for family in self._families:
+            if family.captured.accepts(leaves, spec):
+                return family.run_for(leaves)
+        try:
+            family = _Family(self._capture(leaves, spec), self._tuner)
+            run = family.run_for(leaves)
+            if not self._families:
+                self._check(run(leaves))
+        except CaptureError as error:
+            return self._fall_back(str(error), spec)
+        self._families.append(family)
+        if len(self._families) > _MAX_CAPTURES:
+            # The first one stays: it is what `explain` shows.
+            dropped = self._families.pop(1)
+            runs = {run for _, run in dropped.lowered.values()}
+            self._routes = {key: run for key, run in self._routes.items() if run not in runs}
+        return run
+
+    def _capture(self, leaves: list[Any], spec: pytree.TreeSpec) -> Captured:
+        """A graph with as many free sizes as possible: the batch, and what has varied before."""
+        varying = _varying(leaves, [family.captured for family in self._families])
+        doubled = [
+            torch.cat([leaf, leaf]) if isinstance(leaf, Tensor) and leaf.shape[:1] == (1,) else leaf
+            for leaf in leaves
+        ]
+        # Tracing with a size of 1 would fix it at 1.
+        attempts: list[tuple[list[Any], Any]] = [
+            (doubled, varying),
+            (leaves, varying),
+            (leaves, None),
+        ]
+        reason = ""
+        for examples, free in attempts:
+            args, kwargs = pytree.tree_unflatten(examples, spec)
+            try:
+                captured = capture(self._prepared, args, kwargs, free)
+            except CaptureError as error:
+                reason = reason or str(error)
+                continue
+            if captured.accepts(leaves, spec):
+                return captured
+        raise CaptureError(reason or "the captured graph does not take its own example")
+
+    def _check(self, result: Any) -> None:
+        """Compares the program's result on the examples with the model's."""
+        want, got = pytree.tree_leaves(self._expected), pytree.tree_leaves(result)
+        for a, b in zip(got, want, strict=True):
+            if isinstance(b, Tensor) and b.is_floating_point():
+                scale = float(b.abs().nan_to_num(0.0, 0.0, 0.0).max()) if b.numel() else 0.0
+                if not torch.allclose(a, b, 1e-3, 1e-3 * scale, equal_nan=True):
+                    raise CaptureError("the captured graph's result differs from the model's")
+
+    def _fall_back(self, reason: str, spec: pytree.TreeSpec) -> _Run:
+        """The model with its layers swapped, for what cannot be captured."""
+        if self._converted is None:
+            example: Any = self._kwargs if self._kwargs and not self._args else self._args
+            converted = convert(self._prepared, None if self._kwargs and self._args else example)
+            self._converted = converted
+            self.notes.append(f"runs layer by layer, not as one graph: {reason}")
+        model = self._converted
+
+        def run(leaves: Sequence[Any]) -> Any:
+            args, kwargs = pytree.tree_unflatten(list(leaves), spec)
+            return model(*args, **kwargs)
+
+        return run
+
+
+def compile(model: nn.Module, example_inputs: Any) -> Program:
+    """A pruned network as one callable: captured whole, fused, sparse where that is faster.
+
+    Args:
+        model: any module; not changed. It is run in eval mode.
+        example_inputs: what it is called with: a tensor, a tuple of arguments or a dictionary of
+            keyword arguments. Layers are timed at these shapes.
+
+    Returns:
+        A callable that takes what the model takes, of any batch and size, and returns what it
+        returns. A model that torch.export cannot capture runs with its layers swapped;
+        `sparselt.explain` says so, and which kernel each layer runs, and why.
+
+    Raises:
+        OptionError: the model is no module, or fails on the example inputs.
+        KernelError: SPARSELT_KERNEL names a kernel that is unknown or does not fit a layer.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 4), torch.nn.ReLU())
+        >>> fast = compile(model, torch.ones(2, 8))
+        >>> fast(torch.ones(5, 8)).shape
+        torch.Size([5, 4])
+    """
+    return Program(model, example_inputs)
+
+
+def _signature(leaves: Sequence[Any], spec: pytree.TreeSpec) -> tuple[Any, ...]:
+    """What a call's route is found by; shape and type alone for a single tensor."""
+    if len(leaves) == 1 and spec == _ONE_TENSOR and isinstance(leaves[0], Tensor):
+        return leaves[0].shape, leaves[0].dtype
+    keys = [
+        (leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else (type(leaf), repr(leaf))
+        for leaf in leaves
+    ]
+    return (spec, *keys)
+
+
+_ONE_TENSOR = pytree.tree_structure(((torch.empty(0),), {}))
+
+
+def _varying(leaves: Sequence[Any], captured: Sequence[Captured]) -> list[set[int]]:
+    """The dimensions to leave free: the first, and those in which earlier graphs differ."""
+    varying: list[set[int]] = [{0} for _ in leaves]
+    for earlier in captured:
+        if len(earlier.shapes) != len(leaves):
+            continue
+        for dims, leaf, shape in zip(varying, leaves, earlier.shapes, strict=True):
+            if shape is not None and isinstance(leaf, Tensor) and len(shape) == leaf.dim():
+                sizes = zip(shape, leaf.shape, strict=True)
+                dims |= {i for i, (want, got) in enumerate(sizes) if want not in (None, got)}
+    return varying
+
+
+def _rest(lowered: Lowered) -> list[str]:
+    if not lowered.others:
+        return []
+    counts = ", ".join(f"{name} ({count})" for name, count in sorted(lowered.others.items()))
+    return [f"the rest runs in torch: {counts}"]
