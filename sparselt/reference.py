@@ -8,6 +8,7 @@ weight contributes nothing even where x is infinite.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import TypeAlias
 
@@ -64,8 +65,8 @@ def spmm(
         raise ShapeError(explain_mismatch("x", f"({weight.cols}, N)", x.shape))
     y = np.zeros((weight.rows, x.shape[1]))
     for row in range(weight.rows):
-        for column in np.flatnonzero(stored[row]):
-            y[row] += values[row, column] * x[column]
+        kept = np.flatnonzero(stored[row])
+        y[row] = values[row, kept] @ x[kept]
     return _finish(y, 0, bias, residual, lower, upper)
 
 
@@ -279,11 +280,14 @@ def error_bound(operation: Callable[..., Array], *arguments: object, **options: 
     Source: the standard bound of a dot product, N. Higham, Accuracy and Stability of Numerical
     Algorithms, 2nd edition, section 3.1.
     """
-    options = {key: value for key, value in options.items() if key not in ("lower", "upper")}
-    weight = next(a for a in (*arguments, *options.values()) if isinstance(a, SparseWeight))
+    given = inspect.signature(operation).bind(*arguments, **options).arguments
+    weight = given["weight"]
     magnitude = operation(
-        *(_absolute(argument) for argument in arguments),
-        **{key: _absolute(value) for key, value in options.items()},
+        **{
+            name: _absolute(value)
+            for name, value in given.items()
+            if name not in ("lower", "upper")
+        }
     )
     terms = _matrix(weight)[1].sum(axis=1) + 2.0
     shape = [1] * magnitude.ndim

@@ -2,7 +2,7 @@
 """The case table that every kernel, format and operator test walks, and how a result is judged.
 
 A case is a frozen record of sizes, pattern and seed; its tensors are made from the seed on demand,
-so that a printed case id is a reproducer. Sizes around a kernel's tile come from the kernel registry.
+so that a printed case id is a reproducer. Sizes around a kernel's tile come from the registry.
 """
 
 from __future__ import annotations
@@ -377,7 +377,7 @@ def guarded_weight(weight: SparseWeight, offset: int = 0) -> SparseWeight:
 
 
 def guarded_output(shape: Sequence[int], offset: int = 0) -> tuple[Tensor, Callable[[], None]]:
-    """A contiguous output of NaN inside a larger buffer of NaN, and a check of what is around it."""
+    """A contiguous output of NaN in a larger buffer of NaN, and a check of what is around it."""
     size = math.prod(shape)
     buffer = torch.full((GUARD + offset + size + GUARD,), math.nan)
     start, end = GUARD + offset, GUARD + offset + size

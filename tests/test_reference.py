@@ -145,6 +145,8 @@ def test_the_bound_is_the_formula() -> None:
         reference.spmm, pack(W), -X, bias=-torch.ones(3), residual=torch.ones(3, 2), lower=0
     )
     assert bound[2, 0] == pytest.approx(4 * u / (1 - 4 * u) * 17, rel=1e-12)
+    limits = (-torch.ones(3), torch.ones(3, 2), 0.0, 0.5)
+    assert np.array_equal(bound, reference.error_bound(reference.spmm, pack(W), X, *limits))
     # Row 1 stores nothing: 2 u * 2 for the two additions of the epilogue.
     assert bound[1, 0] == pytest.approx(2 * u / (1 - 2 * u) * 2, rel=1e-12)
 

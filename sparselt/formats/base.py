@@ -19,7 +19,7 @@ from typing_extensions import Self
 
 from sparselt.formats.checks import check_fits_int32, check_shape
 
-__all__ = ["SparseWeight", "compress"]
+__all__ = ["SparseWeight", "compress", "entry_rows"]
 
 
 class SparseWeight(ABC):
@@ -222,7 +222,10 @@ def compress(kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     check_fits_int32(positions.numel())
     row_starts = torch.arange(rows + 1, device=kept.device) * cols
     crow = torch.searchsorted(positions, row_starts)
-    columns = positions - torch.repeat_interleave(
-        row_starts[:-1], crow.diff(), output_size=positions.numel()
-    )
-    return crow.to(torch.int32), columns.to(torch.int32), positions
+    return crow.to(torch.int32), (positions % cols).to(torch.int32), positions
+
+
+def entry_rows(crow: Tensor, entries: int) -> Tensor:
+    """The row of each of `entries` stored entries, (entries) int64, from offsets (R + 1) int32."""
+    # An entry's row is the number of later rows that start at or before it.
+    return torch.bincount(crow[1:-1], minlength=entries + 1)[:entries].cumsum(0)

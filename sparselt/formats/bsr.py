@@ -12,7 +12,7 @@ from torch.nn.functional import pad
 from typing_extensions import Self
 
 from sparselt.errors import FormatError, explain_mismatch
-from sparselt.formats.base import SparseWeight, compress
+from sparselt.formats.base import SparseWeight, compress, entry_rows
 from sparselt.formats.checks import (
     check_compressed_indices,
     check_compressed_lengths,
@@ -171,8 +171,7 @@ class BSR(SparseWeight):
         grid_rows, grid_cols = self.block_grid
         block_rows, block_cols = self.block
         tiles = blocks.new_zeros(grid_rows, block_rows, grid_cols, block_cols)
-        counts = self.crow_indices.long().diff()
-        rows = torch.arange(grid_rows, device=self.device).repeat_interleave(counts)
+        rows = entry_rows(self.crow_indices, self.col_indices.numel())
         if rows.numel():
             tiles[rows, :, self.col_indices.long()] = blocks
         padded = tiles.view(grid_rows * block_rows, grid_cols * block_cols)

@@ -10,7 +10,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from sparselt.errors import FormatError, explain_mismatch
-from sparselt.formats.base import SparseWeight, compress
+from sparselt.formats.base import SparseWeight, compress, entry_rows
 from sparselt.formats.checks import (
     check_compressed_indices,
     check_compressed_lengths,
@@ -112,9 +112,7 @@ class CSR(SparseWeight):
         return kept.view(self.shape)
 
     def _positions(self) -> Tensor:
-        row_starts = torch.arange(self.rows, device=self.device) * self.cols
-        counts = self.crow_indices.long().diff()
-        return torch.repeat_interleave(row_starts, counts, output_size=self.nnz) + self.col_indices
+        return entry_rows(self.crow_indices, self.nnz) * self.cols + self.col_indices
 
     def validate(self, full: bool = True) -> None:
         """Check types, ranks and lengths, with `full` every index; see `SparseWeight.validate`."""
