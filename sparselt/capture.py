@@ -3,7 +3,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import io
+import logging
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -97,7 +100,7 @@ def capture(
                 collection[leaf] = {dim: Dim.AUTO for dim in dims if dim < leaf.dim()}
         shapes = collection.dynamic_shapes(model, args, kwargs)  # type: ignore[no-untyped-call]
     try:
-        with torch.no_grad():
+        with torch.no_grad(), _quiet():
             exported = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
     except Exception as error:
         # Whatever a model's own code raises under tracing ends here, and is told by `explain`.
@@ -105,6 +108,19 @@ def capture(
         raise CaptureError(f"torch.export: {type(error).__name__}: {line}") from error
     others = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
     return _read(exported, spec, others)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps torch from printing a failed trace: the failure is reported in a sentence."""
+    logger = logging.getLogger("torch.fx.experimental.symbolic_shapes")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logger.setLevel(level)
 
 
 def _read(

@@ -30,8 +30,8 @@ _WHOLE = 0.9
 class PackedWeight(nn.Module):
     """A sparse weight whose parts are buffers; stands where a layer's `weight` Parameter stood.
 
-    Code that reads the weight as a tensor still works: torch functions that are handed a
-    PackedWeight see the dense weight.
+    Code that reads the weight as a tensor still works, slowly: torch functions that are handed a
+    PackedWeight see the dense weight, and so do methods of a tensor that a module lacks.
 
     Args:
         packed: the weight; its parts are shared, not copied.
@@ -55,15 +55,13 @@ class PackedWeight(nn.Module):
 
     def __init__(self, packed: SparseWeight) -> None:
         super().__init__()
-        for name in packed.part_names:
-            self.register_buffer(name, None)
         self._adopt(packed)
 
     def _adopt(self, packed: SparseWeight) -> None:
         self.format, self.shape, self.block = packed.name, packed.shape, packed.block
         self._meta = packed.meta()
-        for name, part in zip(packed.part_names, packed.parts(), strict=True):
-            self._buffers[name] = part
+        # Not register_buffer, which asks for the name as an attribute first: see __getattr__.
+        self._buffers.update(zip(packed.part_names, packed.parts(), strict=True))
 
     def parts(self) -> list[Tensor]:
         """The buffers in the order of the format's `part_names`."""
@@ -125,6 +123,15 @@ class PackedWeight(nn.Module):
             f"shape={self.shape}, nnz={self.nnz}, density={self.density:.3g}, "
             f"format={self.format}{block}"
         )
+
+    def __getattr__(self, name: str) -> Any:
+        """What a Module lacks and a tensor has (`t`, `T`, `view`) is the dense weight's."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("_") or not hasattr(Tensor, name):
+                raise
+        return getattr(self.to_dense(), name)
 
     @classmethod
     def __torch_function__(

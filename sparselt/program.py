@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from sparselt import dynamo as _dynamo  # noqa: F401  registers the backend
 from sparselt.capture import Captured, CaptureError, capture
 from sparselt.conversion import as_call, convert, prepare
 from sparselt.errors import OptionError
@@ -162,6 +163,8 @@ class Program:
         for family in self._families:
             if family.captured.accepts(leaves, spec):
                 return family.run_for(leaves)
+        if self._converted is not None and not self._families:
+            return self._fall_back("", spec)
         try:
             family = _Family(self._capture(leaves, spec), self._tuner)
             run = family.run_for(leaves)
