@@ -12,6 +12,7 @@ in one pass over y; ``lower=0.0`` is a ReLU, ``lower=0.0, upper=6.0`` a ReLU6.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -31,6 +32,10 @@ from sparselt.errors import (
 from sparselt.extension import conv_shape, isa, kernels
 
 __all__ = ["conv1d", "conv2d", "isa", "kernels", "linear", "spmm"]
+
+
+# Operations and formats that some kernel of this machine runs.
+_SERVED = frozenset((kernel.op, kernel.format) for kernel in kernels() if kernel.usable)
 
 
 class PackedMatrix(Protocol):
@@ -77,13 +82,13 @@ def spmm(
         >>> sparselt.ops.spmm(weight, torch.ones(3, 2)).shape
         torch.Size([3, 2])
     """
-    _check_weight(weight, 2)
+    _check_types(weight, 2, x, bias, residual)
     rows, cols = weight.shape
     if x.dim() != 2 or x.shape[0] != cols:
         raise ShapeError(
             explain_mismatch("x", f"({cols}, N)", tuple(x.shape), "rows of x meet columns of W")
         )
-    _check_operands(x, weight, bias, residual, (rows, x.shape[1]), kernel, "spmm")
+    _check_operands(x, weight, bias, residual, (rows, x.shape[1]), (lower, upper), kernel, "spmm")
     y: Tensor = torch.ops.sparselt.spmm(
         x, weight.parts(), weight.meta(), bias, residual, lower, upper, kernel
     )
@@ -122,11 +127,13 @@ def linear(
         >>> sparselt.ops.linear(torch.ones(5, 3), weight).shape
         torch.Size([5, 2])
     """
-    _check_weight(weight, 2)
+    _check_types(weight, 2, x, bias, residual)
     rows, cols = weight.shape
     if x.dim() < 1 or x.shape[-1] != cols:
         raise ShapeError(explain_mismatch("x", f"(..., {cols})", tuple(x.shape)))
-    _check_operands(x, weight, bias, residual, (*x.shape[:-1], rows), kernel, "spmm")
+    _check_operands(
+        x, weight, bias, residual, (*x.shape[:-1], rows), (lower, upper), kernel, "spmm"
+    )
     y: Tensor = torch.ops.sparselt.linear(
         x, weight.parts(), weight.meta(), bias, residual, lower, upper, kernel
     )
@@ -168,7 +175,7 @@ def conv1d(
     Raises:
         As `spmm`; OptionError for a stride, padding, dilation or groups out of range.
     """
-    _check_weight(weight, 3)
+    _check_types(weight, 3, x, bias, residual)
     meta = weight.meta()
     y = _convolve(
         x.unsqueeze(-2),
@@ -225,7 +232,7 @@ def conv2d(
         >>> sparselt.ops.conv2d(torch.ones(1, 3, 8, 8), weight, padding=1).shape
         torch.Size([1, 4, 8, 8])
     """
-    _check_weight(weight, 4)
+    _check_types(weight, 4, x, bias, residual)
     return _convolve(
         x,
         weight,
@@ -259,32 +266,26 @@ def _convolve(
         return _convolve(
             x.unsqueeze(0), weight, meta, bias, lifted, steps, padding, groups, bounds, kernel
         ).squeeze(0)
-    if groups < 1 or rows % groups:
+    if not isinstance(groups, int) or groups < 1 or rows % groups:
         raise OptionError(explain_mismatch("groups", f"a divisor of C_out = {rows}", groups))
     if x.dim() != 4 or x.shape[1] != group_channels * groups:
         expected = f"{group_channels * groups} channels ({groups} groups of {group_channels})"
         raise ShapeError(explain_mismatch("x", expected, tuple(x.shape)))
     if isinstance(padding, str):
         x, padding = _pad_by_name(x, padding, (height, width), stride, dilation)
-    if min(stride) < 1 or min(dilation) < 1 or min(padding) < 0:
-        raise OptionError(
-            explain_mismatch(
-                "stride, padding, dilation",
-                "stride and dilation of at least 1, padding of at least 0",
-                (stride, padding, dilation),
-            )
-        )
+    given = (stride, padding, dilation)
+    if min(*stride, *dilation) < 1 or min(padding) < 0 or max(*stride, *dilation, *padding) >> 31:
+        expected = "stride and dilation of at least 1, padding of at least 0, all below 2**31"
+        raise OptionError(explain_mismatch("stride, padding, dilation", expected, given))
     shape = conv_shape(x, meta, stride, padding, dilation)
     if min(shape[2:]) < 1:
-        raise ShapeError(
-            explain_mismatch(
-                "x",
-                f"a padded size of at least the kernel's reach ({(height, width)} taps)",
-                tuple(x.shape),
-                "use more padding or a larger input",
-            )
-        )
-    _check_operands(x, weight, bias, residual, shape, kernel, "conv2d")
+        expected = f"a padded size of at least the kernel's reach ({(height, width)} taps)"
+        hint = "use more padding or a larger input"
+        raise ShapeError(explain_mismatch("x", expected, tuple(x.shape), hint))
+    # Looked at only where padding is huge: a symbolic size must not be bounded otherwise.
+    if max(padding) >= 2**15 and math.prod(x.shape[2 + i] + 2 * padding[i] for i in (0, 1)) >> 31:
+        raise OptionError(explain_mismatch("padding", "a map below 2**31 pixels", padding))
+    _check_operands(x, weight, bias, residual, shape, bounds, kernel, "conv2d")
     y: Tensor = torch.ops.sparselt.conv2d(
         x, weight.parts(), meta, bias, residual, stride, padding, dilation, groups, *bounds, kernel
     )
@@ -292,9 +293,9 @@ def _convolve(
 
 
 def _numbers(name: str, value: int | Sequence[int], count: int) -> tuple[int, ...]:
-    numbers = (value,) * count if isinstance(value, int) else tuple(value)
-    if len(numbers) != count:
-        raise OptionError(explain_mismatch(name, f"a number or {count} of them", value))
+    numbers = tuple(value) if isinstance(value, Sequence) else (value,) * count
+    if len(numbers) != count or not all(isinstance(number, int) for number in numbers):
+        raise OptionError(explain_mismatch(name, f"a whole number or {count}", repr(value)))
     return numbers
 
 
@@ -320,16 +321,19 @@ def _pad_by_name(
     return x, (total_h // 2, total_w // 2)
 
 
-def _check_weight(weight: PackedMatrix, dims: int) -> None:
+def _check_types(weight: PackedMatrix, dims: int, *tensors: object) -> None:
     if not hasattr(weight, "parts"):
+        got = f"a {type(weight).__name__}"
         raise FormatError(
-            explain_mismatch(
-                "weight",
-                "a packed weight",
-                f"a {type(weight).__name__}",
-                "use sparselt.pack(weight)",
-            )
+            explain_mismatch("weight", "a packed weight", got, "use sparselt.pack(weight)")
         )
+    for name, tensor in zip(("x", "bias", "residual"), tensors, strict=True):
+        if not isinstance(tensor, Tensor) and (name == "x" or tensor is not None):
+            raise DtypeError(explain_mismatch(name, "a torch.Tensor", type(tensor).__name__))
+        if isinstance(tensor, Tensor) and tensor.layout != torch.strided:
+            raise FormatError(
+                explain_mismatch(name, "a dense tensor", tensor.layout, f"use {name}.to_dense()")
+            )
     if len(weight.shape) != dims:
         raise ShapeError(explain_mismatch("weight", f"{dims} dimensions", tuple(weight.shape)))
 
@@ -340,9 +344,16 @@ def _check_operands(
     bias: Tensor | None,
     residual: Tensor | None,
     shape: Sequence[int],
+    bounds: tuple[object, object],
     kernel: str,
     op: str,
 ) -> None:
+    low, high = (
+        default if bound is None else bound
+        for bound, default in zip(bounds, (-math.inf, math.inf), strict=True)
+    )
+    if not (isinstance(low, int | float) and isinstance(high, int | float) and low <= high):
+        raise OptionError(explain_mismatch("lower, upper", "numbers, lower <= upper", bounds))
     if bias is not None and tuple(bias.shape) != (weight.shape[0],):
         raise ShapeError(explain_mismatch("bias", f"({weight.shape[0]},)", tuple(bias.shape)))
     if residual is not None and tuple(residual.shape) != tuple(shape):
@@ -364,11 +375,15 @@ def _check_operands(
                 f"{name} requires a gradient, and sparse layers only run forward: call them under "
                 "torch.no_grad(), and train the dense model with its masks instead"
             )
-    if kernel:
-        _check_kernel(kernel, op, "csr" if values.dim() == 1 else "bsr")
+    format_name = "csr" if values.dim() == 1 else "bsr"
+    if kernel != "" or (op, format_name) not in _SERVED:
+        _check_kernel(kernel, op, format_name)
 
 
 def _check_kernel(name: str, op: str, format_name: str) -> None:
+    if (op, format_name) not in _SERVED:
+        hint = "pack the weight with format='csr'"
+        raise KernelError(explain_mismatch("weight", f"a format {op} has", format_name, hint))
     for kernel in kernels():
         if kernel.name == name and (kernel.op, kernel.format) == (op, format_name):
             if not kernel.usable:
