@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from sparselt import ops
 from sparselt.errors import KernelError, OptionError, explain_mismatch
 from sparselt.packed import zero_block
-from sparselt.plan import DENSE, Facts, KernelInfo, Plan, candidates, choose
+from sparselt.plan import DENSE, Candidate, Facts, KernelInfo, Plan, candidates
 
 __all__ = ["LAYER_OPS", "facts_of", "forced_kernel", "sparse_plan"]
 
@@ -57,37 +57,42 @@ def facts_of(module: nn.Module, kept: Tensor, columns: int | None = None) -> Fac
     raise OptionError(explain_mismatch("module", f"one of {kinds}", type(module).__name__))
 
 
-def sparse_plan(facts: Facts, format: str, forced: str) -> Plan:
+def sparse_plan(facts: Facts, format: str, kernel: str = "") -> Plan:
     """The plan of a layer that is to be sparse whether or not it gains.
 
     Args:
         facts: of the layer.
         format: "auto", "csr" or "bsr".
-        forced: name of a kernel that must run; empty for none.
+        kernel: name of the kernel that must run; empty for the first that applies, or for the one
+            that SPARSELT_KERNEL names if it serves the operation.
 
     Raises:
-        KernelError: no kernel applies, or the forced one does not.
+        KernelError: no kernel applies, or the named one is unknown or does not.
     """
     # The values are widened when packed and the result narrowed after, so half precision fits.
     if facts.dtype in ("float16", "bfloat16"):
         facts = replace(facts, dtype="float32")
     kernels = ops.kernels()
-    named = next((kernel for kernel in kernels if kernel.name == forced), None)
+    wanted = kernel or forced_kernel()
+    named = next((known for known in kernels if known.name == wanted), None)
+    if wanted and named is None:
+        names = ", ".join(known.name for known in kernels)
+        raise KernelError(explain_mismatch("kernel", f"one of {names}", repr(wanted)))
     format = _format_for(facts, format, named)
     if format == "bsr" and facts.block == (1, 1):
         facts = replace(facts, block=(4, 1))
-    plan = choose(facts, kernels, format=format, forced=forced)
-    if not plan.is_dense:
-        return plan
-    if forced == DENSE:
-        raise KernelError("SPARSELT_KERNEL=dense does not fit a sparse layer; unset it")
-    for item in candidates(facts, kernels):
+    considered = [c for c in candidates(facts, kernels) if c.kernel != DENSE]
+    if named is not None and (kernel or any(c.kernel == wanted for c in considered)):
+        considered = [c for c in considered if c.kernel == wanted] or [
+            Candidate(wanted, named.format, False, f"is a {named.op} kernel")
+        ]
+    for item in considered:
         if item.applies and item.format == format:
             reason = f"{item.kernel}: a sparse layer was asked for"
-            return Plan(
-                item.kernel, format, reason, plan.candidates, block=_block_of(facts, format)
-            )
-    raise KernelError(plan.reason.removeprefix("stays dense: "))
+            block = facts.block if format == "bsr" else (1, 1)
+            return Plan(item.kernel, format, reason, tuple(considered), block=block)
+    refusals = "; ".join(f"{c.kernel}: {c.verdict}" for c in considered)
+    raise KernelError(f"no {format} kernel fits a {facts.op} layer here ({refusals})")
 
 
 def _format_for(facts: Facts, format: str, named: KernelInfo | None) -> str:
@@ -97,7 +102,3 @@ def _format_for(facts: Facts, format: str, named: KernelInfo | None) -> str:
         return named.format
     # Convolutions have no block kernel yet.
     return "bsr" if facts.op == "linear" and facts.block != (1, 1) else "csr"
-
-
-def _block_of(facts: Facts, format: str) -> tuple[int, int]:
-    return facts.block if format == "bsr" else (1, 1)

@@ -18,10 +18,11 @@ import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
+from torch.nn import functional as F
 
 from sparselt.conversion import PLAN_ATTRIBUTE
 from sparselt.explanation import Row, row_of
-from sparselt.fuse import Fusion, fold_batch_norm, follow
+from sparselt.fuse import Fusion, argument, fold_batch_norm, follow, is_mutating
 from sparselt.layers import Constants, GraphLayer, read_layer, set_weights
 from sparselt.nn import SPARSE_LAYERS, SparseConv2d, SparseLayer, SparseLinear
 from sparselt.plan import DENSE, Plan
@@ -75,7 +76,15 @@ def lower(
     graph.output(graph.graph_copy(module.graph, {}))
     result = fx.GraphModule(module, graph)
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
-    constant = Constants({placeholders[i]: value for i, value in values.items()})
+    # A buffer that the graph itself writes to is no constant.
+    constant = Constants(
+        {
+            placeholders[i]: value
+            for i, value in values.items()
+            if not any(is_mutating(user) for user in placeholders[i].users)
+        }
+    )
+    _erase_dropout(graph)
     _propagate(result, inputs)
     lowering = _Lowering(graph, constant, tuner, {} if packed is None else packed)
     for index, name in (names or {}).items():
@@ -113,6 +122,15 @@ def _operation(node: fx.Node) -> str:
     """The name of what a node calls: "relu" for torch.relu, aten.relu.default and Tensor.relu."""
     packet = getattr(node.target, "overloadpacket", node.target)
     return str(getattr(packet, "__name__", packet))
+
+
+def _erase_dropout(graph: fx.Graph) -> None:
+    """Erases the dropouts of eval mode, which hand on their input."""
+    names = {torch.ops.aten.dropout.default: "train", F.dropout: "training"}
+    for node in list(graph.nodes):
+        if node.target in names and argument(node, 2, names[node.target], True) is False:
+            node.replace_all_uses_with(argument(node, 0, "input"))
+            graph.erase_node(node)
 
 
 def _erase_unread_constants(graph: fx.Graph, constant: Constants) -> None:

@@ -22,7 +22,7 @@ from sparselt.errors import (
     SparseltError,
     explain_mismatch,
 )
-from sparselt.facts import facts_of, forced_kernel, sparse_plan
+from sparselt.facts import facts_of, sparse_plan
 from sparselt.formats import pack
 from sparselt.packed import PackedWeight, pack_dense_key
 from sparselt.plan import DENSE, FORMAT_CHOICES, Plan
@@ -132,7 +132,7 @@ class SparseLayer(nn.Module):
             raise OptionError(explain_mismatch("format", "'auto', 'csr' or 'bsr'", repr(format)))
         kept = module.weight != 0 if mask is None else mask != 0
         assert isinstance(kept, Tensor)
-        plan = sparse_plan(facts_of(module, kept), format, kernel or forced_kernel())
+        plan = sparse_plan(facts_of(module, kept), format, kernel)
         return cls(module, plan, mask)
 
     def forward(self, input: Tensor) -> Tensor:
