@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from sparselt import lottery, measure, nn, reference
     from sparselt.conversion import convert
     from sparselt.explanation import explain
+    from sparselt.program import compile
 
 __version__ = "0.1.0"
 
