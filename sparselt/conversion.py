@@ -157,6 +157,11 @@ def _bake(module: nn.Module) -> Tensor | None:
     if parametrize.is_parametrized(module):
         for name in list(module.parametrizations):  # type: ignore[arg-type]
             parametrize.remove_parametrizations(module, name, leave_parametrized=True)
+            # Torch leaves a buffer where several tensors made up the weight.
+            if name in ("weight", "bias") and name in module._buffers:
+                value = module._buffers.pop(name)
+                assert value is not None
+                module.register_parameter(name, nn.Parameter(value.detach(), False))
     module.requires_grad_(False)
     return mask
 
