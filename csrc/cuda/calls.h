@@ -1,0 +1,101 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// What a CUDA kernel is given and must do. Launchers know no torch: they get raw device pointers
+// that the layer above has checked, put their kernels on the stream they are handed, and return
+// what the launch said. They never allocate, never synchronise and never look at device memory, so
+// a call can be captured in a CUDA graph.
+//
+// A launcher's name fixes the type T of weights, x, y, bias and residual: float32, or float16 /
+// bfloat16 for names that end in _f16 / _bf16. Sums are float32 in all of them. Every kernel sums
+// an output in an order that depends on the weight and the shapes alone: results are bitwise the
+// same from run to run.
+#pragma once
+
+#if defined(__CUDACC__) || !defined(SPARSELT_CUDA_HOST)
+#include <cuda_runtime_api.h>
+#else
+#include "cuda_host.h"
+#endif
+#include <stdint.h>
+
+namespace sparselt::cuda {
+
+constexpr int kMaxParts = 4;
+
+// A weight matrix of rows x cols. `parts` are the arrays of its format, in the order of the
+// format's part_names, all in device memory.
+//
+//   csr: crow_indices int32 (rows + 1), col_indices int32 (nnz), values T (nnz)
+//
+//   bsr: crow_indices int32 (ceil(rows / block_rows) + 1), col_indices int32 (blocks), values T
+//   (blocks * block_rows * block_cols), each block row-major
+struct Weight {
+  const void* parts[kMaxParts];
+  int64_t rows;
+  int64_t cols;
+  int64_t block_rows;
+  int64_t block_cols;
+};
+
+// y = clamp(W x + bias + residual, lower, upper). The clamp is always there: plain infinities when
+// unused.
+struct Epilogue {
+  const void* bias;      // T, one a row of W, or null
+  const void* residual;  // T, laid out as y, or null
+  float lower;
+  float upper;
+};
+
+// y[b, m, n] for `batch` products with the same weight. Strides count elements. One of x_row,
+// x_column is 1, and the same of y_row, y_column: x is (K, N) and y (M, N) where x_column is 1, x
+// is (N, K) and y (N, M) where x_row is 1.
+struct SpmmCall {
+  Weight weight;
+  const void* x;
+  int64_t x_row;     // from x[k, n] to x[k + 1, n]
+  int64_t x_column;  // from x[k, n] to x[k, n + 1]
+  int64_t x_batch;
+  void* y;
+  int64_t y_row;
+  int64_t y_column;
+  int64_t y_batch;
+  int64_t columns;  // N
+  int64_t batch;
+  Epilogue epilogue;
+};
+
+// y (B, C_out, P, Q) from x (B, C_in, H, W), both contiguous; row m of the weight belongs to group
+// m / (rows / groups) and column (c * kernel_h + r) * kernel_w + s to channel c of that group.
+struct Conv2dCall {
+  Weight weight;
+  const void* x;
+  void* y;
+  int64_t batch;
+  int64_t channels;  // C_in, of all groups
+  int64_t height, width;
+  int64_t out_height, out_width;
+  int64_t kernel_h, kernel_w;
+  int64_t stride_h, stride_w;
+  int64_t padding_h, padding_w;
+  int64_t dilation_h, dilation_w;
+  int64_t groups;
+  Epilogue epilogue;
+};
+
+using SpmmLauncher = cudaError_t (*)(const SpmmCall& call, cudaStream_t stream);
+using Conv2dLauncher = cudaError_t (*)(const Conv2dCall& call, cudaStream_t stream);
+
+#define KERNEL_CALL_spmm SpmmCall
+#define KERNEL_CALL_conv2d Conv2dCall
+#define KERNEL_DECLARE_cpu(name, op)
+#define KERNEL_DECLARE_cuda(name, op) \
+  cudaError_t name(const KERNEL_CALL_##op& call, cudaStream_t stream);
+#define KERNEL(name, op, format, device, ...) KERNEL_DECLARE_##device(name, op)
+#include "kernels.inc"
+#undef KERNEL
+#undef KERNEL_DECLARE_cuda
+#undef KERNEL_DECLARE_cpu
+#undef KERNEL_CALL_conv2d
+#undef KERNEL_CALL_spmm
+
+}  // namespace sparselt::cuda

@@ -1,0 +1,144 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "cuda/check.h"
+
+#include <torch/csrc/stable/c/shim.h>
+#include <torch/csrc/stable/macros.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <limits>
+
+namespace sparselt::cuda {
+namespace {
+
+using torch::headeronly::ScalarType;
+
+std::string_view type_name(ScalarType type) {
+  if (type == ScalarType::Half) return "float16";
+  if (type == ScalarType::BFloat16) return "bfloat16";
+  return "float32";
+}
+
+std::string describe(const Ints& shape) {
+  std::string text = "(";
+  for (size_t i = 0; i < shape.size(); ++i) text += (i ? ", " : "") + std::to_string(shape[i]);
+  return text + ")";
+}
+
+const void* check_part(const Input& input, const Tensor& part, const char* name, ScalarType type,
+                       int64_t length) {
+  STD_TORCH_CHECK(part.is_cuda() && part.get_device_index() == input.device, name,
+                  ": expected a tensor on device ", input.device,
+                  ", where x is; move the weight with .to(x.device)");
+  STD_TORCH_CHECK(part.scalar_type() == type, name, ": wrong dtype; expected ",
+                  type == ScalarType::Int    ? "int32"
+                  : type == ScalarType::Byte ? "uint8"
+                                             : "that of x");
+  STD_TORCH_CHECK(part.is_contiguous() && part.numel() == length, name, ": expected ", length,
+                  " contiguous elements, got ", part.numel());
+  return part.const_data_ptr();
+}
+
+// Lengths only: what the arrays hold is on the device, and reading it would wait for the stream.
+void check_compressed(const Input& input, const Parts& parts, Weight& weight) {
+  const int64_t stored = parts[1].numel();
+  const int64_t stored_rows = (weight.rows + weight.block_rows - 1) / weight.block_rows;
+  weight.parts[0] = check_part(input, parts[0], "crow_indices", ScalarType::Int, stored_rows + 1);
+  weight.parts[1] = check_part(input, parts[1], "col_indices", ScalarType::Int, stored);
+  weight.parts[2] = check_part(input, parts[2], "values", input.type,
+                               stored * weight.block_rows * weight.block_cols);
+}
+
+}  // namespace
+
+Ints shape_of(const Tensor& tensor) {
+  const auto sizes = tensor.sizes();
+  return {sizes.begin(), sizes.end()};
+}
+
+Input as_input(const Tensor& x) {
+  STD_TORCH_CHECK(x.is_cuda(), "x: expected a CUDA tensor, as the weight is; move it with .cuda()");
+  const ScalarType type = x.scalar_type();
+  STD_TORCH_CHECK(
+      type == ScalarType::Float || type == ScalarType::Half || type == ScalarType::BFloat16,
+      "x: expected float32, float16 or bfloat16");
+  return {x.is_contiguous() ? x : torch::stable::contiguous(x), type, x.get_device_index()};
+}
+
+Tensor as_operand(const Input& input, const Tensor& tensor, const char* name) {
+  STD_TORCH_CHECK(tensor.is_cuda() && tensor.get_device_index() == input.device, name,
+                  ": expected a tensor on device ", input.device,
+                  ", where x is; move it with .to(x.device)");
+  STD_TORCH_CHECK(tensor.scalar_type() == input.type, name, ": expected ", type_name(input.type),
+                  ", the type of x; convert it with .to(x.dtype)");
+  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+}
+
+CheckedWeight as_weight(const Input& input, const Parts& parts, const Ints& meta,
+                        const std::string& kernel, std::string_view op, size_t dims) {
+  STD_TORCH_CHECK(parts.size() == 3, "parts: expected crow_indices, col_indices, values, got ",
+                  parts.size(), " tensors");
+  STD_TORCH_CHECK(meta.size() == dims + 2, "meta: expected block_rows, block_cols and a shape of ",
+                  dims, " sizes, got ", meta.size(), " numbers");
+  Weight weight{};
+  weight.block_rows = meta[0];
+  weight.block_cols = meta[1];
+  STD_TORCH_CHECK(weight.block_rows > 0 && weight.block_cols > 0,
+                  "meta: blocks must be at least 1 x 1");
+  weight.rows = meta[2];
+  weight.cols = 1;
+  for (size_t i = 3; i < meta.size(); ++i) weight.cols *= meta[i];
+  constexpr int64_t kLargest = std::numeric_limits<int32_t>::max();
+  STD_TORCH_CHECK(
+      weight.rows >= 0 && weight.cols >= 0 && weight.rows <= kLargest && weight.cols <= kLargest,
+      "meta: expected sizes from 0 to ", kLargest);
+  check_compressed(input, parts, weight);
+  // values of CSR are (nnz,), those of blocks (blocks, block_rows, block_cols), even when a block
+  // is 1 x 1.
+  const std::string_view format = parts[2].dim() == 1 ? "csr" : "bsr";
+  return {&find_kernel(kernel, op, format, type_name(input.type), input.device), weight};
+}
+
+HeldEpilogue as_epilogue(const Input& input, const OptionalTensor& bias,
+                         const OptionalTensor& residual, const OptionalBound& lower,
+                         const OptionalBound& upper, int64_t rows, const Ints& shape) {
+  constexpr float kInfinity = std::numeric_limits<float>::infinity();
+  HeldEpilogue held;
+  held.pointers = {nullptr, nullptr, -kInfinity, kInfinity};
+  if (lower) held.pointers.lower = static_cast<float>(*lower);
+  if (upper) held.pointers.upper = static_cast<float>(*upper);
+  STD_TORCH_CHECK(held.pointers.lower <= held.pointers.upper, "lower: expected at most upper (",
+                  held.pointers.upper, "), got ", held.pointers.lower);
+  if (bias) {
+    STD_TORCH_CHECK(bias->dim() == 1 && bias->numel() == rows, "bias: expected ", rows,
+                    " elements, got shape ", describe(shape_of(*bias)));
+    held.bias = as_operand(input, *bias, "bias");
+    held.pointers.bias = held.bias->const_data_ptr();
+  }
+  if (residual) {
+    STD_TORCH_CHECK(shape_of(*residual) == shape, "residual: expected the result's shape ",
+                    describe(shape), ", got ", describe(shape_of(*residual)));
+    held.residual = as_operand(input, *residual, "residual");
+    held.pointers.residual = held.residual->const_data_ptr();
+  }
+  return held;
+}
+
+Tensor new_output(const Input& input, const Ints& shape) {
+  return torch::stable::new_empty(input.x, {shape.data(), shape.size()});
+}
+
+cudaStream_t current_stream(const Input& input) {
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(input.device, &stream));
+  return static_cast<cudaStream_t>(stream);
+}
+
+void check_launch(const KernelInfo& kernel, cudaError_t result) {
+  STD_TORCH_CHECK(
+      result != cudaErrorNotSupported, kernel.name,
+      " does not handle this block shape or geometry; name another kernel or keep the layer dense");
+  STD_CUDA_CHECK(result);
+}
+
+}  // namespace sparselt::cuda

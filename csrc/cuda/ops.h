@@ -1,0 +1,37 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The operators that bindings.cpp registers for CUDA, with the schemas of ../bindings.cpp. Each one
+// checks its arguments, allocates the result on the input's device, and puts one kernel on the
+// current stream: the one named by the last argument, or the first of kernels.inc for the weight's
+// format and type. Indices in `parts` are trusted here: the format classes in Python check every
+// index when a weight is made.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <string>
+#include <vector>
+
+namespace sparselt::cuda {
+
+using torch::stable::Tensor;
+using Parts = std::vector<Tensor>;
+using Ints = std::vector<int64_t>;
+using OptionalTensor = std::optional<Tensor>;
+using OptionalBound = std::optional<double>;
+
+// x (K, N) -> (M, N).
+Tensor spmm(Tensor x, Parts parts, Ints meta, OptionalTensor bias, OptionalTensor residual,
+            OptionalBound lower, OptionalBound upper, std::string kernel);
+
+// x (..., K) -> (..., M), by an spmm kernel.
+Tensor linear(Tensor x, Parts parts, Ints meta, OptionalTensor bias, OptionalTensor residual,
+              OptionalBound lower, OptionalBound upper, std::string kernel);
+
+// x (B, C_in, H, W), weight (C_out, C_in / groups, R, S) -> (B, C_out, P, Q).
+Tensor conv2d(Tensor x, Parts parts, Ints meta, OptionalTensor bias, OptionalTensor residual,
+              Ints stride, Ints padding, Ints dilation, int64_t groups, OptionalBound lower,
+              OptionalBound upper, std::string kernel);
+
+}  // namespace sparselt::cuda

@@ -1,0 +1,185 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Runs registered CUDA kernels by name on this CPU, one request after the other, from standard
+// input to standard output.
+//
+//   request    a line "kernel schedule", a line of the call's integers, a line "lower upper" of
+//   floats, a line of pairs
+//              "bytes offset" for each of the weight's 4 parts, x, y, bias and residual (-1 0:
+//              absent); then the bytes of all that are present but y. `offset` bytes is how far
+//              past a 256-byte boundary the array starts.
+//   answer     a line with the launcher's result; where that is 0, the bytes of y
+//
+// Integers of an spmm call: rows cols block_rows block_cols x_row x_column x_batch y_row y_column
+// y_batch columns batch; of a conv2d call: rows cols block_rows block_cols, then the fields of
+// Conv2dCall in their order.
+#include <cstdio>
+#include <cstdlib>
+#include <iostream>
+#include <memory>
+#include <sstream>
+#include <string>
+#include <vector>
+
+#include "cuda/calls.h"
+#include "faults.h"
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#define POISON(address, bytes) ASAN_POISON_MEMORY_REGION(address, bytes)
+#define UNPOISON(address, bytes) ASAN_UNPOISON_MEMORY_REGION(address, bytes)
+#else
+#define POISON(address, bytes) ((void)(address), (void)(bytes))
+#define UNPOISON(address, bytes) ((void)(address), (void)(bytes))
+#endif
+
+namespace {
+
+using namespace sparselt::cuda;
+
+constexpr size_t kAlignment = 256;
+constexpr size_t kGuardBytes = 256;  // of NaN around an array
+constexpr unsigned char kGuard = 0xff;
+
+enum ArrayName { kX = kMaxParts, kY, kBias, kResidual, kArrays };
+
+// One array of a request, exactly as large as its bytes: what lies around it is poisoned or
+// guarded.
+struct Array {
+  unsigned char* allocation = nullptr;
+  unsigned char* data = nullptr;
+  size_t bytes = 0;
+  size_t before = 0;
+
+  Array(size_t size, size_t offset) : bytes(size), before(kAlignment + offset) {
+    void* memory = nullptr;
+    if (posix_memalign(&memory, kAlignment, before + bytes + kGuardBytes) != 0)
+      cuda_host::fail("no memory for an array");
+    allocation = static_cast<unsigned char*>(memory);
+    data = allocation + before;
+    std::memset(allocation, kGuard, before + bytes + kGuardBytes);
+    POISON(allocation, before);
+    POISON(data + bytes, kGuardBytes);
+  }
+  ~Array() {
+    UNPOISON(allocation, before + bytes + kGuardBytes);
+    for (size_t i = 0; i < before; ++i) check(allocation[i]);
+    for (size_t i = 0; i < kGuardBytes; ++i) check(data[bytes + i]);
+    std::free(allocation);
+  }
+  Array(const Array&) = delete;
+  Array& operator=(const Array&) = delete;
+
+  static void check(unsigned char byte) {
+    if (byte != kGuard) cuda_host::fail("wrote outside an array in global memory");
+  }
+};
+
+std::vector<int64_t> read_integers() {
+  std::string line;
+  std::getline(std::cin, line);
+  std::istringstream words(line);
+  std::vector<int64_t> integers;
+  for (int64_t value; words >> value;) integers.push_back(value);
+  return integers;
+}
+
+using Arrays = std::vector<std::unique_ptr<Array>>;
+
+Arrays read_arrays() {
+  const std::vector<int64_t> sizes = read_integers();
+  if (sizes.size() != 2 * kArrays) cuda_host::fail("a request with the wrong number of arrays");
+  Arrays arrays;
+  for (size_t i = 0; i < kArrays; ++i) {
+    const bool present = sizes[2 * i] >= 0;
+    arrays.push_back(present ? std::make_unique<Array>(sizes[2 * i], sizes[2 * i + 1]) : nullptr);
+    if (present && i != kY) std::cin.read(reinterpret_cast<char*>(arrays[i]->data), sizes[2 * i]);
+  }
+  return arrays;
+}
+
+unsigned char* data(const Arrays& arrays, size_t i) {
+  return arrays[i] ? arrays[i]->data : nullptr;
+}
+
+template <class Call>
+void fill_common(Call& call, const std::vector<int64_t>& n, const std::vector<float>& limits,
+                 const Arrays& arrays) {
+  for (size_t i = 0; i < kMaxParts; ++i) call.weight.parts[i] = data(arrays, i);
+  call.weight.rows = n[0];
+  call.weight.cols = n[1];
+  call.weight.block_rows = n[2];
+  call.weight.block_cols = n[3];
+  call.x = data(arrays, kX);
+  call.y = data(arrays, kY);
+  call.epilogue = {data(arrays, kBias), data(arrays, kResidual), limits[0], limits[1]};
+}
+
+SpmmCall spmm_call(const std::vector<int64_t>& n, const std::vector<float>& limits,
+                   const Arrays& arrays) {
+  SpmmCall call{};
+  fill_common(call, n, limits, arrays);
+  call.x_row = n.at(4), call.x_column = n.at(5), call.x_batch = n.at(6);
+  call.y_row = n.at(7), call.y_column = n.at(8), call.y_batch = n.at(9);
+  call.columns = n.at(10), call.batch = n.at(11);
+  return call;
+}
+
+cudaError_t start(SpmmLauncher launcher, const std::vector<int64_t>& n,
+                  const std::vector<float>& limits, const Arrays& arrays) {
+  return launcher(spmm_call(n, limits, arrays), nullptr);
+}
+
+[[maybe_unused]] cudaError_t start(Conv2dLauncher launcher, const std::vector<int64_t>& n,
+                                   const std::vector<float>& limits, const Arrays& arrays) {
+  Conv2dCall call{};
+  fill_common(call, n, limits, arrays);
+  call.batch = n.at(4), call.channels = n.at(5), call.height = n.at(6), call.width = n.at(7);
+  call.out_height = n.at(8), call.out_width = n.at(9), call.kernel_h = n.at(10),
+  call.kernel_w = n.at(11);
+  call.stride_h = n.at(12), call.stride_w = n.at(13), call.padding_h = n.at(14),
+  call.padding_w = n.at(15);
+  call.dilation_h = n.at(16), call.dilation_w = n.at(17), call.groups = n.at(18);
+  return launcher(call, nullptr);
+}
+
+cudaError_t run(const std::string& name, const std::vector<int64_t>& integers,
+                const std::vector<float>& limits, const Arrays& arrays) {
+  if (faults::is_fault(name)) return faults::run_fault(name, spmm_call(integers, limits, arrays));
+#define START_cpu(kernel)
+#define START_cuda(kernel) \
+  if (name == #kernel) return start(&kernel, integers, limits, arrays);
+#define KERNEL(kernel, op, format, device, ...) START_##device(kernel)
+#include "kernels.inc"
+#undef KERNEL
+#undef START_cuda
+#undef START_cpu
+  cuda_host::fail("a request for a kernel that is not registered");
+}
+
+}  // namespace
+
+int main() {
+  std::ios::sync_with_stdio(false);
+  for (std::string line; std::getline(std::cin, line);) {
+    std::istringstream words(line);
+    std::string name;
+    unsigned schedule = 0;
+    words >> name >> schedule;
+    const std::vector<int64_t> integers = read_integers();
+    std::vector<float> limits;
+    std::getline(std::cin, line);
+    // strtof and not >>: the latter knows no infinities.
+    for (char* rest = line.data(); limits.size() < 2;) limits.push_back(std::strtof(rest, &rest));
+    const Arrays arrays = read_arrays();
+    cuda_host::set_schedule(schedule);
+    const cudaError_t result = run(name, integers, limits, arrays);
+    std::cout << static_cast<int>(result) << '\n';
+    if (result == cudaSuccess) {
+      std::cout.write(reinterpret_cast<const char*>(arrays[kY]->data),
+                      static_cast<std::streamsize>(arrays[kY]->bytes));
+    }
+    std::cout.flush();
+  }
+  return 0;
+}

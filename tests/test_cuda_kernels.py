@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every registered CUDA kernel, by name, on the CPU stand-in against the float64 reference.
+
+Outputs start as NaN, nothing around an array may be touched, and each case runs with its threads in
+another order. The same kernels meet a GPU in test_cuda_device.py.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from cases import BLOCKS, PATTERNS, ConvCase, SpmmCase
+from cuda_host import Host, dtype_of, host, registered
+from torch import Tensor
+
+from sparselt import reference
+from sparselt.formats import SparseWeight, pack
+
+# Half a unit in the last place, relative, of what a result is rounded to.
+ROUNDOFF = {torch.float32: 0.0, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
+SMALLEST = {torch.float32: 0.0, torch.float16: 2.0**-25, torch.bfloat16: 2.0**-133}
+
+# Around the tiles: 96 rows, windows of 64 columns of W, and 4, 32 and 128 columns of x.
+ROWS = (1, 2, 7, 8, 9, 95, 96, 97)
+COLS = (0, 1, 2, 31, 63, 64, 65, 130, 257)
+COLUMNS = (0, 1, 2, 4, 5, 31, 32, 33, 64, 127, 128, 129)
+SPMM_CASES = (
+    *(SpmmCase(m, 70, n) for m in ROWS for n in (1, 9, 40)),
+    *(SpmmCase(9, k, n) for k in COLS for n in (1, 5, 36)),
+    *(SpmmCase(13, 70, n) for n in COLUMNS),
+    *(SpmmCase(17, 66, n, pattern) for pattern in PATTERNS for n in (3, 8, 35)),
+    *(SpmmCase(17, 66, n, density=density) for density in (0.0, 0.02, 1.0) for n in (2, 32, 130)),
+    SpmmCase(100, 300, 132, density=0.1),
+    SpmmCase(0, 5, 7),
+)
+LIMITS = ((None, None), (0.0, None), (-0.5, 0.5), (1.0, 1.0))
+
+
+@pytest.fixture(scope="module")
+def machine() -> Host:
+    return host()
+
+
+def kernels(op: str) -> list[str]:
+    return [name for name, (kernel_op, _, _) in registered().items() if kernel_op == op]
+
+
+def turn(case: object, choices: int) -> int:
+    """A number below `choices`, another one for each case, the same in every run."""
+    return zlib.crc32(str(case).encode()) % choices
+
+
+def packed(kernel: str, case: SpmmCase | ConvCase) -> SparseWeight:
+    """The weight of a case in a kernel's format, of values that its type holds exactly."""
+    _, sparse_format, _ = registered()[kernel]
+    weight, mask = case.dense()
+    block = BLOCKS[turn(case, len(BLOCKS))] if sparse_format == "bsr" else None
+    return pack(rounded(weight, kernel), mask, sparse_format, block)
+
+
+def rounded(tensor: Tensor, kernel: str) -> Tensor:
+    return tensor.to(dtype_of(kernel)).float()
+
+
+def assert_close(
+    case: object,
+    got: Tensor,
+    operation: Callable[..., np.ndarray],
+    *args: object,
+    **options: object,
+) -> None:
+    """Within the dot-product bound of float32 sums, and one rounding to the result's type."""
+    with np.errstate(invalid="ignore", over="ignore"):
+        expected = operation(*args, **options)
+        bound = reference.error_bound(operation, *args, **options)
+    assert tuple(got.shape) == expected.shape, case
+    bound = bound * (1 + ROUNDOFF[got.dtype]) + np.abs(expected) * ROUNDOFF[got.dtype]
+    bound = bound + SMALLEST[got.dtype]
+    found = got.double().numpy()
+    same = (found == expected) | (np.isnan(found) & np.isnan(expected))
+    with np.errstate(invalid="ignore"):
+        wrong = ~same & ~(np.abs(found - expected) <= bound)
+    places = np.argwhere(wrong)
+    assert not len(places), (
+        f"{case}: {len(places)} of {wrong.size} wrong, first at {places[0].tolist()}: "
+        f"got {found[tuple(places[0])]}, expected {expected[tuple(places[0])]}"
+    )
+
+
+@pytest.mark.parametrize("kernel", kernels("spmm"))
+@pytest.mark.parametrize("case", SPMM_CASES, ids=str)
+def test_spmm_matches_reference(machine: Host, kernel: str, case: SpmmCase) -> None:
+    weight = packed(kernel, case)
+    x, bias, residual = (rounded(t, kernel) for t in (case.x(), case.bias(), case.residual()))
+    lower, upper = LIMITS[turn(case, len(LIMITS))]
+    y = machine.spmm(
+        kernel,
+        weight,
+        x,
+        bias if turn(case, 3) else None,
+        residual if turn(case, 2) else None,
+        lower,
+        upper,
+        batch_major=bool(turn(f"{case} {kernel}", 2)),
+        schedule=turn(case, 5),
+        offset=turn(case, 4),
+    )
+    assert_close(
+        (kernel, str(case)),
+        y,
+        reference.spmm,
+        weight,
+        x,
+        bias if turn(case, 3) else None,
+        residual if turn(case, 2) else None,
+        lower,
+        upper,
+    )
+
+
+@pytest.mark.parametrize("kernel", kernels("spmm"))
+@pytest.mark.parametrize("columns", [1, 24, 100, 128])
+@pytest.mark.parametrize("batch_major", [False, True])
+def test_spmm_is_bitwise_the_same_in_every_order(
+    machine: Host, kernel: str, columns: int, batch_major: bool
+) -> None:
+    case = SpmmCase(40, 200, columns, density=0.25)
+    weight, x = packed(kernel, case), rounded(case.x(), kernel)
+    results = [
+        machine.spmm(kernel, weight, x, batch_major=batch_major, schedule=s, offset=s)
+        for s in (0, 1, 2, 8)
+    ]
+    assert not results[0].isnan().any()
+    assert all(torch.equal(results[0], result) for result in results[1:])
+
+
+@pytest.mark.parametrize("kernel", kernels("spmm"))
+@pytest.mark.parametrize("columns", [1, 20, 70])
+def test_spmm_runs_a_batch(machine: Host, kernel: str, columns: int) -> None:
+    case = SpmmCase(10, 30, columns)
+    weight = packed(kernel, case)
+    x = rounded(torch.stack([case.x(), -2 * case.x(), 3 * case.x()]), kernel)
+    y = machine.spmm(kernel, weight, x)
+    for item, got in zip(x, y, strict=True):
+        assert_close((kernel, str(case)), got, reference.spmm, weight, item)
+
+
+@pytest.mark.parametrize("kernel", kernels("spmm"))
+@pytest.mark.parametrize("columns", [1, 3, 16, 64])
+def test_infinite_x_reaches_only_what_is_stored(machine: Host, kernel: str, columns: int) -> None:
+    case = SpmmCase(33, 90, columns, "empty columns", density=0.3)
+    weight = packed(kernel, case)
+    x = rounded(case.x(), kernel)
+    x[~weight.mask().any(dim=0)] = torch.inf
+    x[~weight.mask().any(dim=0), ::2] = torch.nan
+    y = machine.spmm(kernel, weight, x)
+    assert y.isfinite().all()
+    assert_close((kernel, str(case)), y, reference.spmm, weight, x)
+
+
+@pytest.mark.parametrize("kernel", kernels("spmm"))
+def test_nan_survives_the_clamp(machine: Host, kernel: str) -> None:
+    weight = pack(torch.ones(16, 16), None, registered()[kernel][1])
+    x = torch.full((16, 5), torch.nan)
+    assert machine.spmm(kernel, weight, x, lower=0.0, upper=1.0).isnan().all()
