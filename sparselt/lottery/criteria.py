@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from sparselt.errors import OptionError, explain_mismatch
 from sparselt.lottery.data import Data
+from sparselt.lottery.saliency import SYNFLOW_STEPS, grasp, snip, synflow
 
 __all__ = ["CRITERIA", "Criterion", "Scores", "Subject", "criterion_of"]
 
@@ -95,6 +96,9 @@ CRITERIA: dict[str, Criterion] = {
     "movement": Criterion(movement),
     "magnitude_increase": Criterion(magnitude_increase),
     "random": Criterion(random, before_training=True),
+    "snip": Criterion(snip, before_training=True),
+    "grasp": Criterion(grasp, before_training=True),
+    "synflow": Criterion(synflow, before_training=True, steps=SYNFLOW_STEPS),
 }
 
 
