@@ -10,6 +10,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 CXX ?= c++
 CXX_FILES = $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
 SANITIZED := .sanitized
+FUZZED = $(shell grep -l 'from hypothesis import' tests/test_*.py)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -37,10 +38,10 @@ test-sanitized: $(VENV)/.installed  ## Run the kernel tests under Address- and U
 	cd $(SANITIZED) && PYTHONPATH=. PYTHONMALLOC=malloc \
 	    LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	    ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-	    $(abspath $(BIN))/python -m pytest -p no:cacheprovider tests/test_kernels.py tests/test_ops.py $(PYTEST_ARGS)
+	    $(abspath $(BIN))/python -m pytest -p no:cacheprovider tests/test_kernel*.py tests/test_ops*.py $(PYTEST_ARGS)
 
 fuzz: $(VENV)/.installed  ## Run the property tests for longer, from a fresh seed each time.
-	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --hypothesis-profile=fuzz -m "hypothesis and not cuda" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --hypothesis-profile=fuzz $(FUZZED) $(PYTEST_ARGS)
 
 bench: $(VENV)/.installed  ## Time the kernels.
 	$(BIN)/python -m pytest bench --benchmark-only $(PYTEST_ARGS)
