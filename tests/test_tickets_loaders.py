@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tickets from other tools' files: torch checkpoints, safetensors, scipy, DLMC and numpy folders."""
+"""Tickets from other tools' files: torch, safetensors, scipy, DLMC and numpy folders."""
 
 from __future__ import annotations
 

@@ -162,7 +162,7 @@ class MaskKeeper:
     Example:
         >>> model = nn.Linear(2, 1)
         >>> keeper = MaskKeeper(model, {"weight": torch.tensor([[True, False]])})
-        >>> float(model.weight[0, 1])
+        >>> model.weight[0, 1].item()
         0.0
     """
 

@@ -117,6 +117,7 @@ def run_levels(
     progress: Callable[[Progress], None] | None = None,
     loss: Loss = F.cross_entropy,
     device: str | torch.device = "cpu",
+    checkpoint_seconds: float = 30.0,
 ) -> Iterator[Level]:
     """Runs a search level by level; level 0 is the dense network.
 
@@ -133,6 +134,7 @@ def run_levels(
             nothing is written.
         progress: Called at every look at the validation split.
         loss: From outputs (n, classes) and labels (n,) to a scalar.
+        checkpoint_seconds: Least time between two checkpoints of a training.
         device: Where to train; masks are computed on the CPU, so they do not depend on it.
 
     Yields:
@@ -145,6 +147,7 @@ def run_levels(
     recipe = recipe or Recipe()
     loaded = load_data(data) if isinstance(data, str) else data
     search = _Search(network, loaded, recipe, folder, progress, loss, torch.device(device))
+    search.checkpoint_seconds = checkpoint_seconds
     for index in range(search.levels):
         yield search.run_level(index, controls)
 
@@ -179,6 +182,7 @@ class _Search:
     ) -> None:
         self.recipe, self.progress, self.loss, self.device = recipe, progress, loss, device
         self.data = data.to(device)
+        self.checkpoint_seconds = 30.0
         self.levels = number_of_levels(recipe)
         self.factory = factory_of(network, data.shape, data.classes)
         self.model = (
@@ -266,6 +270,7 @@ class _Search:
             observe=observe,
             progress=report and (lambda step: report(Progress(index, self.levels, name, step))),
             checkpoint=self.folder.checkpoint(index, name),
+            checkpoint_seconds=self.checkpoint_seconds,
         )
         return train(self.model, self.data, how, arm.masks)
 
