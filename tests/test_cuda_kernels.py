@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from cases import BLOCKS, PATTERNS, ConvCase, SpmmCase
-from cuda_host import Host, dtype_of, host, registered
+from cuda_host import Host, KernelFaultError, dtype_of, host, registered
 from torch import Tensor
 
 from sparselt import reference
@@ -36,6 +36,26 @@ SPMM_CASES = (
     *(SpmmCase(17, 66, n, density=density) for density in (0.0, 0.02, 1.0) for n in (2, 32, 130)),
     SpmmCase(100, 300, 132, density=0.1),
     SpmmCase(0, 5, 7),
+)
+CONV_CASES = (
+    ConvCase(1, 3, 5, (7, 7), (3, 3), padding=(1, 1)),
+    ConvCase(2, 4, 10, (13, 13), (3, 3), stride=(2, 2), padding=(1, 1), groups=2),
+    ConvCase(3, 4, 8, (5, 5), (1, 1), groups=4),
+    ConvCase(1, 5, 97, (6, 40), (3, 3), padding=(1, 1), density=0.1),
+    ConvCase(5, 6, 3, (4, 3), (3, 3), padding=(2, 2), dilation=(2, 2)),
+    ConvCase(1, 40, 4, (16, 33), (3, 3), padding=(1, 1)),
+    ConvCase(2, 3, 4, (1, 150), (1, 5), padding=(0, 2)),
+    ConvCase(9, 2, 2, (1, 3), (1, 3), padding=(0, 1)),
+    ConvCase(1, 3, 6, (20, 20), (7, 7), stride=(2, 2), padding=(3, 3)),
+    ConvCase(1, 3, 2, (5, 5), (2, 4), stride=(5, 4), padding=(3, 1), dilation=(3, 1)),
+    ConvCase(1, 2, 2, (6, 6), (2, 2), stride=(7, 9)),
+    ConvCase(2, 70, 10, (12, 11), (1, 1)),
+    ConvCase(1, 70, 10, (5, 5), (1, 1)),
+    ConvCase(2, 6, 4, (9, 16), (1, 1), stride=(2, 1)),
+    ConvCase(1, 1, 1, (1, 1), (1, 1), density=1.0),
+    ConvCase(1, 3, 2, (1, 1), (3, 3), padding=(1, 1), density=1.0),
+    ConvCase(0, 3, 5, (7, 7), (3, 3)),
+    *(ConvCase(2, 3, 5, (9, 6), (3, 3), padding=(1, 1), pattern=pattern) for pattern in PATTERNS),
 )
 LIMITS = ((None, None), (0.0, None), (-0.5, 0.5), (1.0, 1.0))
 
@@ -96,30 +116,21 @@ def assert_close(
 def test_spmm_matches_reference(machine: Host, kernel: str, case: SpmmCase) -> None:
     weight = packed(kernel, case)
     x, bias, residual = (rounded(t, kernel) for t in (case.x(), case.bias(), case.residual()))
-    lower, upper = LIMITS[turn(case, len(LIMITS))]
+    epilogue = (
+        bias if turn(case, 3) else None,
+        residual if turn(case, 2) else None,
+        *LIMITS[turn(case, len(LIMITS))],
+    )
     y = machine.spmm(
         kernel,
         weight,
         x,
-        bias if turn(case, 3) else None,
-        residual if turn(case, 2) else None,
-        lower,
-        upper,
+        *epilogue,
         batch_major=bool(turn(f"{case} {kernel}", 2)),
         schedule=turn(case, 5),
         offset=turn(case, 4),
     )
-    assert_close(
-        (kernel, str(case)),
-        y,
-        reference.spmm,
-        weight,
-        x,
-        bias if turn(case, 3) else None,
-        residual if turn(case, 2) else None,
-        lower,
-        upper,
-    )
+    assert_close((kernel, str(case)), y, reference.spmm, weight, x, *epilogue)
 
 
 @pytest.mark.parametrize("kernel", kernels("spmm"))
@@ -167,3 +178,48 @@ def test_nan_survives_the_clamp(machine: Host, kernel: str) -> None:
     weight = pack(torch.ones(16, 16), None, registered()[kernel][1])
     x = torch.full((16, 5), torch.nan)
     assert machine.spmm(kernel, weight, x, lower=0.0, upper=1.0).isnan().all()
+
+
+@pytest.mark.parametrize("kernel", kernels("conv2d"))
+@pytest.mark.parametrize("case", CONV_CASES, ids=str)
+def test_conv2d_matches_reference(machine: Host, kernel: str, case: ConvCase) -> None:
+    weight = packed(kernel, case)
+    x, bias, residual = (rounded(t, kernel) for t in (case.x(), case.bias(), case.residual()))
+    epilogue = (
+        bias if turn(case, 3) else None,
+        residual if turn(case, 2) else None,
+        *LIMITS[turn(case, len(LIMITS))],
+    )
+    y = machine.conv2d(
+        kernel,
+        weight,
+        x,
+        *epilogue,
+        out_size=case.out_size(),
+        schedule=turn(case, 5),
+        offset=turn(case, 4),
+        **case.options(),
+    )
+    names = ("bias", "residual", "lower", "upper")
+    options = case.options() | dict(zip(names, epilogue, strict=True))
+    assert_close((kernel, str(case)), y, reference.conv2d, x, weight, **options)
+
+
+@pytest.mark.parametrize("kernel", kernels("conv2d"))
+def test_conv2d_is_bitwise_the_same_in_every_order(machine: Host, kernel: str) -> None:
+    case = ConvCase(1, 60, 20, (10, 18), (3, 3), padding=(1, 1), density=0.2)
+    weight, x = packed(kernel, case), rounded(case.x(), kernel)
+    results = [
+        machine.conv2d(kernel, weight, x, out_size=case.out_size(), schedule=s, **case.options())
+        for s in (0, 1, 2, 8)
+    ]
+    assert not results[0].isnan().any()
+    assert all(torch.equal(results[0], result) for result in results[1:])
+
+
+@pytest.mark.parametrize("kernel", kernels("conv2d"))
+def test_conv2d_refuses_a_patch_beyond_shared_memory(machine: Host, kernel: str) -> None:
+    case = ConvCase(1, 1, 1, (1, 60000), (1, 2), dilation=(1, 50000))
+    weight = packed(kernel, case)
+    with pytest.raises(KernelFaultError, match="CUDA error 801"):
+        machine.conv2d(kernel, weight, case.x(), out_size=case.out_size(), **case.options())

@@ -130,8 +130,8 @@ cudaError_t start(SpmmLauncher launcher, const std::vector<int64_t>& n,
   return launcher(spmm_call(n, limits, arrays), nullptr);
 }
 
-[[maybe_unused]] cudaError_t start(Conv2dLauncher launcher, const std::vector<int64_t>& n,
-                                   const std::vector<float>& limits, const Arrays& arrays) {
+cudaError_t start(Conv2dLauncher launcher, const std::vector<int64_t>& n,
+                  const std::vector<float>& limits, const Arrays& arrays) {
   Conv2dCall call{};
   fill_common(call, n, limits, arrays);
   call.batch = n.at(4), call.channels = n.at(5), call.height = n.at(6), call.width = n.at(7);
