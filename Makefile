@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 TEST_PROCESSES ?= 2
 PYTEST_ARGS ?=
+FUZZ_ARGS ?= --problems 100000 --seed 0
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
@@ -40,8 +41,8 @@ test-sanitized: $(VENV)/.installed  ## Run the kernel tests under Address- and U
 	    ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	    $(abspath $(BIN))/python -m pytest -p no:cacheprovider tests/test_kernel*.py tests/test_ops*.py $(PYTEST_ARGS)
 
-fuzz: $(VENV)/.installed  ## Run the property tests for longer, from a fresh seed each time.
-	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --hypothesis-profile=fuzz $(FUZZED) $(PYTEST_ARGS)
+fuzz: $(VENV)/.installed  ## Run random problems through every kernel against the reference.
+	$(BIN)/python tests/fuzz.py $(FUZZ_ARGS)
 
 bench: $(VENV)/.installed  ## Time the kernels.
 	$(BIN)/python -m pytest bench --benchmark-only $(PYTEST_ARGS)

@@ -330,20 +330,19 @@ class _SparseConv(SparseLayer):
 
     def _convolve(self, input: Tensor, parts: list[Any], bias: Tensor | None) -> Tensor:
         """The operator call on a batched input of the right channels."""
-        result: Tensor = _CONV2D(
-            input,
-            parts,
-            self._meta,
-            bias,
-            None,
-            self._stride,
-            self._padding,
-            self._dilation,
-            self.groups,
-            self.lower,
-            self.upper,
-            self.kernel,
-        )
+        geometry = (self._stride, self._padding, self._dilation)
+        end = (*geometry, self.groups, self.lower, self.upper, self.kernel)
+        try:
+            result: Tensor = _CONV2D(input, parts, self._meta, bias, None, *end)
+        except RuntimeError:
+            # Looked at after the fact, because a check before would bound symbolic sizes.
+            reach = [d * (taps - 1) for d, taps in zip(self._dilation, self._meta[4:], strict=True)]
+            if all(input.size(2 + i) + 2 * self._padding[i] > reach[i] for i in (0, 1)):
+                raise
+            expected = f"a padded size of at least the kernel's reach ({self.kernel_size} taps)"
+            raise ShapeError(
+                explain_mismatch("input", expected, tuple(input.shape), "use a larger input")
+            ) from None
         return result
 
 

@@ -3,12 +3,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import TypeAlias
 
 import pytest
 import torch
 
 THREADS = 2
+
+Recorder: TypeAlias = Callable[[str, object], None]
 
 
 @pytest.fixture(autouse=True)
@@ -17,6 +20,14 @@ def fixed_threads() -> Iterator[None]:
     torch.set_num_threads(THREADS)
     yield
     torch.set_num_threads(THREADS)
+
+
+@pytest.fixture(autouse=True)
+def recorded_kernel(request: pytest.FixtureRequest, record_property: Recorder) -> None:
+    """Note the kernel that a test is parametrised with, for the summary."""
+    kernel = getattr(request.node, "callspec", None) and request.node.callspec.params.get("kernel")
+    if kernel:
+        record_property("kernel", getattr(kernel, "name", kernel))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

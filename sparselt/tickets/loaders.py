@@ -8,6 +8,7 @@ hints)``, and add one line to ``LOADERS``; the first loader that accepts a file 
 from __future__ import annotations
 
 import hashlib
+import os
 import pickle
 import zipfile
 from collections.abc import Callable, Mapping
@@ -84,7 +85,7 @@ def load_ticket(path: str | Path, **hints: Any) -> Ticket:
         0.25
     """
     path = Path(path)
-    if not path.exists():
+    if not os.path.exists(path):  # unlike Path.exists, False for a name that cannot be one
         raise TicketNotFoundError(f"{path}: there is no such file; check the path")
     name, loader = _pick(path, hints.pop("format", None))
     unknown = sorted(set(hints) - set(loader.hints))
@@ -147,7 +148,7 @@ def _read_torch(path: Path, hints: Hints) -> Ticket:
 
 
 def _load_weights_only(path: Path) -> object:
-    if not path.exists():
+    if not os.path.exists(path):  # unlike Path.exists, False for a name that cannot be one
         raise TicketNotFoundError(f"{path}: there is no such file; check the path")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)

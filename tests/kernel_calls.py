@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Calls of the raw operators with a kernel's name, so that nothing above can choose another one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import BLOCKS, ConvCase, kernel_params
+from torch import Tensor
+
+from sparselt.formats import SparseWeight
+from sparselt.plan import KernelInfo
+
+__all__ = ["CONV2D", "SPMM", "a_block_of", "blocks_of", "conv2d", "spmm"]
+
+# Decorators: a test runs once for every registered kernel of the operation.
+SPMM = pytest.mark.parametrize("kernel", kernel_params("spmm"))
+CONV2D = pytest.mark.parametrize("kernel", kernel_params("conv2d"))
+
+
+def blocks_of(kernel: KernelInfo) -> tuple[tuple[int, int] | None, ...]:
+    return BLOCKS if kernel.format == "bsr" else (None,)
+
+
+def a_block_of(kernel: KernelInfo, case: object) -> tuple[int, int] | None:
+    """One block shape for a case, so that the table as a whole meets all of them."""
+    blocks = blocks_of(kernel)
+    return blocks[len(str(case)) % len(blocks)]
+
+
+def spmm(
+    kernel: KernelInfo,
+    weight: SparseWeight,
+    x: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    lower: float | None = None,
+    upper: float | None = None,
+) -> Tensor:
+    return torch.ops.sparselt.spmm(
+        x, weight.parts(), weight.meta(), bias, residual, lower, upper, kernel.name
+    )
+
+
+def conv2d(
+    kernel: KernelInfo,
+    weight: SparseWeight,
+    x: Tensor,
+    case: ConvCase,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    lower: float | None = None,
+    upper: float | None = None,
+) -> Tensor:
+    geometry = (case.stride, case.padding, case.dilation, case.groups)
+    return torch.ops.sparselt.conv2d(
+        x, weight.parts(), weight.meta(), bias, residual, *geometry, lower, upper, kernel.name
+    )
