@@ -114,7 +114,7 @@ def test_a_dense_layer_of_a_program_is_fused_too():
     assert_same(program(x), model(x).detach())
 
 
-def test_one_capture_serves_all_batches_and_a_second_all_sizes():
+def test_one_capture_serves_all_batches_and_a_second_all_sizes(always_sparse):
     program = sparselt.compile(make("residual"), input_for("residual", 1))
     for batch in (1, 2, 3, 8):
         program(input_for("residual", batch))
@@ -124,7 +124,7 @@ def test_one_capture_serves_all_batches_and_a_second_all_sizes():
     assert len(program._families) == 2
 
 
-def test_keywords_defaults_and_constants_are_told_apart():
+def test_keywords_defaults_and_constants_are_told_apart(always_sparse):
     model = make("encoder")
     ids = input_for("encoder", 2)
     program = sparselt.compile(model, ids)
@@ -193,7 +193,7 @@ def test_the_model_and_its_mode_are_left_alone_and_later_changes_do_not_matter()
     assert_same(program(x), want)
 
 
-def test_inputs_made_under_inference_mode_and_those_with_gradients_are_taken():
+def test_inputs_made_under_inference_mode_and_those_with_gradients_are_taken(always_sparse):
     model = make("perceptron")
     program = sparselt.compile(model, input_for("perceptron", 2))
     with torch.inference_mode():
@@ -337,7 +337,7 @@ def timed(call, x) -> float:
     return time.perf_counter() - begin
 
 
-def test_the_encoder_keeps_its_embedding_tied():
+def test_the_encoder_keeps_its_embedding_tied(always_sparse):
     torch.manual_seed(0)
     model = Encoder().eval()
     program = sparselt.compile(model, torch.zeros(1, 4, dtype=torch.int64))
