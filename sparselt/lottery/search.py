@@ -41,12 +41,14 @@ class Level:
         index: 0 for the dense network.
         ticket: Masks, trained weights, and the weights training started from.
         outcome: Of the ticket.
+        arm: What the ticket's training started from, whole.
         controls: Outcome of each control, by name; empty at level 0.
     """
 
     index: int
     ticket: Ticket
     outcome: Outcome
+    arm: Arm = field(repr=False)
     controls: dict[str, Outcome] = field(default_factory=dict)
 
     @property
@@ -213,7 +215,7 @@ class _Search:
             seed = derived_seed(self.recipe.seed, "control", name, index)
             basis = Basis(arm, previous, scores, self.original, self.factory, self.structure, seed)
             results[name] = self._control(index, name, basis)
-        return Level(index, ticket, outcome, results)
+        return Level(index, ticket, outcome, arm, results)
 
     def _arm(self, index: int) -> Arm:
         if not index:
