@@ -11,7 +11,6 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 CXX ?= c++
 CXX_FILES = $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
 SANITIZED := .sanitized
-FUZZED = $(shell grep -l 'from hypothesis import' tests/test_*.py)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
