@@ -10,36 +10,50 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+import sysconfig
 from pathlib import Path
 
 import pytest
 from torch.utils import cpp_extension
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+KERNELS = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+HOST_UNITS = sorted((ROOT / "csrc" / "cuda").glob("*.cpp"))
 ARCHITECTURES = ("80", "90a")
 
+pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
 
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
-@pytest.mark.skipif(not SOURCES, reason="there is no CUDA source")
-@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
-def test_cuda_source_compiles_without_warning_or_spill(source: Path, tmp_path: Path) -> None:
-    command = ["nvcc", "-c", "-O3", "-std=c++20", "-DUSE_CUDA", "-Xptxas", "-v"]
-    command += ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-Werror", "all-warnings"]
-    command += ["-Xcompiler", "-Wall,-Werror", f"-I{ROOT / 'csrc'}"]
-    for folder in cpp_extension.include_paths():
-        command += ["-isystem", folder]
-    for architecture in ARCHITECTURES:
-        command += ["-gencode", f"arch=compute_{architecture},code=sm_{architecture}"]
+
+def compile_unit(source: Path, folder: Path, *flags: str) -> str:
+    """Compiles one unit and returns what the compiler said; every warning is an error."""
+    command = ["nvcc", "-c", "-O3", "-std=c++20", "-DUSE_CUDA", f"-I{ROOT / 'csrc'}"]
+    command += ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-DTORCH_EXTENSION_NAME=_C_cuda"]
+    command += ["-Xcompiler", "-Wall,-Werror,-fvisibility=hidden", *flags]
+    for include in [*cpp_extension.include_paths(), sysconfig.get_path("include")]:
+        command += ["-isystem", include]
     done = subprocess.run(
-        [*command, str(source), "-o", str(tmp_path / "kernel.o")],
+        [*command, str(source), "-o", str(folder / "unit.o")],
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    compiled = re.findall(r"Compiling entry function '(\w+)'", done.stderr)
-    spilled = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", done.stderr)
+    return done.stderr
+
+
+@pytest.mark.parametrize("source", KERNELS, ids=lambda path: path.stem)
+def test_kernels_compile_without_warning_or_spill(source: Path, tmp_path: Path) -> None:
+    flags = ["-Werror", "all-warnings", "-Xptxas", "-v"]
+    for architecture in ARCHITECTURES:
+        flags += ["-gencode", f"arch=compute_{architecture},code=sm_{architecture}"]
+    report = compile_unit(source, tmp_path, *flags)
+    compiled = re.findall(r"Compiling entry function '(\w+)'", report)
+    spilled = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report)
     assert compiled, "no kernel was compiled"
     assert len(spilled) >= len(compiled)
-    assert all(stores == loads == "0" for stores, loads in spilled), done.stderr
+    assert all(stores == loads == "0" for stores, loads in spilled), report
+
+
+@pytest.mark.parametrize("source", HOST_UNITS, ids=lambda path: path.stem)
+def test_host_units_compile_without_warning(source: Path, tmp_path: Path) -> None:
+    compile_unit(source, tmp_path, "-Xcompiler", "-Wextra")

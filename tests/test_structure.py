@@ -314,9 +314,11 @@ def test_import_is_cheap() -> None:
         "import time, torch; start = time.perf_counter(); import sparselt; "
         "print(time.perf_counter() - start)"
     )
-    # The least of several: the machine may be busy with other tests.
-    seconds = min(float(run_python(code)) for _ in range(5))
-    assert seconds < IMPORT_SECONDS
+    # One good run of five is enough: the machine may be busy with other tests.
+    measured: list[float] = []
+    while len(measured) < 5 and min(measured, default=IMPORT_SECONDS) >= IMPORT_SECONDS:
+        measured.append(float(run_python(code)))
+    assert min(measured) < IMPORT_SECONDS, measured
 
 
 def test_import_leaves_heavy_packages_alone() -> None:
