@@ -24,7 +24,7 @@ from sparselt.packed import accept_packed_keys
 from sparselt.plan import FORMAT_CHOICES, Plan
 from sparselt.tune import Tuner
 
-__all__ = ["PLAN_ATTRIBUTE", "Prepared", "as_call", "convert", "prepare"]
+__all__ = ["PLAN_ATTRIBUTE", "Prepared", "as_call", "convert", "densify", "prepare"]
 
 # Where a layer that conversion left dense keeps its plan.
 PLAN_ATTRIBUTE = "sparselt_plan"
@@ -115,6 +115,19 @@ def prepare(model: nn.Module) -> Prepared:
         elif not isinstance(module._parameters.get("weight"), Tensor):
             prepared.obstacles[module] = "its weight is computed anew by a hook at every call"
     return prepared
+
+
+def densify(model: nn.Module) -> nn.Module:
+    """Swaps the sparse layers of a model for torch's, in place; the opposite of `convert`.
+
+    Args:
+        model: changed, unless it is itself a sparse layer.
+
+    Returns:
+        The model; its dense counterpart if it is itself a sparse layer.
+    """
+    sparse = [module for module in model.modules() if isinstance(module, SparseLayer)]
+    return _replace(model, {layer: layer.to_dense() for layer in sparse})
 
 
 def as_call(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -237,11 +250,15 @@ def _swap(prepared: Prepared, plans: Mapping[nn.Module, Plan]) -> nn.Module:
         for name in _HOOKS:
             setattr(sparse, name, getattr(layer, name))
         swapped[layer] = sparse
-    for parent in list(prepared.model.modules()):
+    return _replace(prepared.model, swapped)
+
+
+def _replace(model: nn.Module, by: Mapping[nn.Module, nn.Module]) -> nn.Module:
+    for parent in list(model.modules()):
         for name, child in parent._modules.items():
-            if child in swapped:
-                parent._modules[name] = swapped[child]
-    return swapped.get(prepared.model, prepared.model)
+            if child is not None and child in by:
+                parent._modules[name] = by[child]
+    return by.get(model, model)
 
 
 def _weight_bytes(layer: nn.Module) -> int:

@@ -135,6 +135,20 @@ class SparseLayer(nn.Module):
         plan = sparse_plan(facts_of(module, kept), format, kernel)
         return cls(module, plan, mask)
 
+    def to_dense(self) -> nn.Module:
+        """The torch layer with the same weights; a clamp is lost.
+
+        Returns:
+            An nn.Linear, nn.Conv1d or nn.Conv2d whose parameters require no gradient.
+        """
+        # These two are results of the constructor, not arguments.
+        names = [name for name in self.attributes if name not in ("transposed", "output_padding")]
+        arguments: dict[str, Any] = {name: getattr(self, name) for name in names}
+        dense = self.dense_kind(**arguments, bias=self.bias is not None, device="meta")
+        dense.weight = nn.Parameter(self.weight.to_dense(), False)
+        dense.register_parameter("bias", self.bias)
+        return dense.train(self.training)
+
     def forward(self, input: Tensor) -> Tensor:
         """The layer's result; shapes as in the torch layer of the same name.
 

@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 from sparselt import dynamo as _dynamo  # noqa: F401  registers the backend
 from sparselt.capture import Captured, CaptureError, capture
-from sparselt.conversion import as_call, convert, prepare
+from sparselt.conversion import as_call, convert, densify, prepare
 from sparselt.errors import OptionError
 from sparselt.explanation import Explanation, explain
 from sparselt.lowering import Lowered, lower
@@ -100,7 +100,7 @@ class Program:
 
     def __init__(self, model: nn.Module, example_inputs: Any) -> None:
         """See `sparselt.compile`."""
-        self._prepared = prepare(model).model
+        self._prepared = densify(prepare(model).model)
         self._args, self._kwargs = as_call(example_inputs)
         parameters = self._prepared.parameters()
         self._tuner = Tuner(weight_bytes=sum(p.numel() * p.element_size() for p in parameters))
@@ -142,7 +142,8 @@ class Program:
 
     def explanation(self) -> Explanation:
         """The layers as planned for the example inputs, and what runs in torch."""
-        if self._converted is not None:
+        if not self._families:
+            assert self._converted is not None
             return Explanation(explain(self._converted).rows, self.notes)
         lowered = next(iter(self._families[0].lowered.values()))[0]
         return Explanation(lowered.rows, [*self.notes, *_rest(lowered)])

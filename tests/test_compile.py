@@ -203,6 +203,13 @@ def test_inputs_made_under_inference_mode_and_those_with_gradients_are_taken(alw
     assert_same(program(x), model(x).detach())
 
 
+def test_a_converted_model_is_compiled_as_the_dense_one_was(always_sparse):
+    model, x = make("residual"), input_for("residual", 2)
+    program = sparselt.compile(sparselt.convert(model, format="csr"), x)
+    assert len(sparselt.explain(program)) == 9
+    assert_same(program(x), model(x).detach())
+
+
 def test_several_threads_may_call_one_program(always_sparse):
     model = make("residual")
     program = sparselt.compile(model, input_for("residual", 2))

@@ -15,7 +15,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 from torch.utils import _pytree as pytree
 
 import sparselt
-from sparselt.conversion import PLAN_ATTRIBUTE
+from sparselt.conversion import PLAN_ATTRIBUTE, densify
 from sparselt.errors import KernelError, OptionError
 from sparselt.nn import SparseConv2d, SparseLayer, SparseLinear
 from sparselt.plan import DENSE, Plan
@@ -341,3 +341,15 @@ def test_layers_of_one_kind_are_timed_once():
     assert len(tuner._times) == 1
     tuner.plan(layer, inputs=[torch.randn(2, 3, 9, 9)])
     assert len(tuner._times) == 2
+
+
+@pytest.mark.parametrize("name", ["residual", "signal", "perceptron"])
+def test_densify_undoes_a_conversion(name):
+    model = make(name)
+    back = densify(sparselt.convert(model, format="csr"))
+    assert not sparse_layers(back)
+    assert_same(back.state_dict(), model.state_dict())
+    x = input_for(name, 2)
+    assert_same(back(x), model(x))
+    layer = densify(sparselt.convert(nn.Linear(3, 3), format=DENSE))
+    assert type(layer) is nn.Linear
