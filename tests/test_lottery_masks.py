@@ -261,7 +261,42 @@ class TestStructures:
             assert torch.equal(structure.spread(kept, (70, 9, 3, 3)), masks["w"])
             assert int(kept.sum()) == round(height * width * 0.7**level)
 
-    @pytest.mark.parametrize("text", ["0x4", "4", "x", "4x", "rows", "-1x2", "4x1x1"])
+    @pytest.mark.parametrize("text", ["2:4", "1:4", "4:8", "1:2"])
+    @pytest.mark.parametrize("shape", [(6, 16), (6, 16, 3, 3), (5, 10), (4, 1, 5, 5)])
+    def test_n_of_m_keeps_the_n_largest_of_every_m_input_channels(
+        self, text: str, shape: tuple[int, ...]
+    ) -> None:
+        n, m = (int(word) for word in text.split(":"))
+        scores = {"w": torch.rand(shape, generator=torch.Generator().manual_seed(0))}
+
+        steps = run_ladder(scores, Recipe(levels=m), parse_structure(text))
+
+        for level, masks in enumerate(steps):
+            kept = max(n, m - level)
+            lanes = masks["w"].movedim(1, -1).reshape(-1, shape[1])
+            values = scores["w"].movedim(1, -1).reshape(-1, shape[1])
+            for lane, value in zip(lanes, values, strict=True):
+                for start in range(0, shape[1], m):
+                    group, score = lane[start : start + m], value[start : start + m]
+                    assert int(group.sum()) == min(kept, len(group))
+                    if group.any() and not group.all():
+                        assert score[group].min() > score[~group].max()
+
+    def test_n_of_m_leaves_layers_of_rate_zero_dense(self) -> None:
+        masks = {name: torch.ones(4, 8, dtype=torch.bool) for name in ("a", "b")}
+        structure = parse_structure("2:4")
+        groups = groups_at({"a": 0.2, "b": 0.0}, masks, Recipe(), 2, structure)
+
+        assert [group.keep for group in groups] == [16, 32]
+
+    def test_n_of_m_refuses_counts_that_are_not_whole_groups(self) -> None:
+        masks = {"w": torch.ones(4, 8, dtype=torch.bool)}
+        with pytest.raises(errors.OptionError, match="2:4"):
+            prune({"w": torch.rand(4, 8)}, masks, [Group(("w",), 15)], parse_structure("2:4"))
+
+    @pytest.mark.parametrize(
+        "text", ["4:2", "0:4", "2:", "0x4", "4", "x", "4x", "rows", "-1x2", "4x1x1"]
+    )
     def test_malformed_structures_are_refused(self, text: str) -> None:
         with pytest.raises(errors.OptionError, match="structure"):
             parse_structure(text)

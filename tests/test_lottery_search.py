@@ -28,7 +28,7 @@ from sparselt.lottery.controls import Arm, Basis, _units, make_control
 from sparselt.lottery.networks import build
 from sparselt.lottery.recipes import RECIPES, recipe_of
 from sparselt.lottery.seeds import derived_seed
-from sparselt.lottery.structures import Blocks
+from sparselt.lottery.structures import Blocks, NOfM
 from sparselt.tickets import load_ticket
 
 
@@ -97,6 +97,13 @@ class TestLevels:
         assert len(levels) == 2
         assert levels[1].density == run()[3].density
 
+    @pytest.mark.parametrize("control", ["shuffle", "random", "inverted"])
+    def test_controls_of_n_of_m_tickets_are_n_of_m_too(self, control: str) -> None:
+        for mask in make_control(control, basis(NOfM(2, 4))).masks.values():
+            for row in mask:
+                groups = torch.nn.functional.pad(row, (0, -len(row) % 4)).reshape(-1, 4)
+                assert (groups.sum(1) == 2).all()
+
     @pytest.mark.parametrize("structure", ["4x1", "2x3", "filter"])
     def test_block_tickets_consist_of_whole_blocks(self, structure: str) -> None:
         from sparselt.lottery.structures import parse_structure
@@ -160,9 +167,11 @@ def basis(structure: Blocks = Blocks(1, 1), kept: float = 0.3) -> Basis:  # noqa
     names = ("0.weight", "4.weight")
     masks = {}
     for name in names:
-        height, width = structure.grid(tuple(state[name].shape))
-        units = torch.rand(height * width, generator=generator) < kept
-        masks[name] = structure.spread(units, tuple(state[name].shape))
+        shape = tuple(state[name].shape)
+        height, width = structure.grid(shape)
+        keep = structure.count([shape], min(kept, 0.999) if kept <= 1 else 1.0, 2)
+        scores = torch.rand(height * width, generator=generator)
+        masks[name] = structure.spread(structure.choose([scores], [shape], keep)[0], shape)
     return Basis(
         ticket=Arm(state, masks, 5),
         previous={name: torch.ones_like(mask) for name, mask in masks.items()},
@@ -175,7 +184,7 @@ def basis(structure: Blocks = Blocks(1, 1), kept: float = 0.3) -> Basis:  # noqa
 
 
 class TestControls:
-    @pytest.mark.parametrize("structure", [Blocks(1, 1), Blocks(4, 1), Blocks(1, 0)])
+    @pytest.mark.parametrize("structure", [Blocks(1, 1), Blocks(4, 1), Blocks(1, 0), NOfM(2, 4)])
     @pytest.mark.parametrize("name", CONTROLS)
     def test_every_control_keeps_the_counts_and_differs(self, name: str, structure: Blocks) -> None:
         case = basis(structure)

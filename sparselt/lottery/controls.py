@@ -74,9 +74,8 @@ def shuffle(basis: Basis) -> Arm:
     """The ticket's weights under a mask whose units are shuffled within each layer."""
     source, masks = generator(basis.seed), {}
     for name, mask in basis.ticket.masks.items():
-        kept = basis.structure.collapse(mask)
-        moved = kept[torch.randperm(kept.numel(), generator=source)]
-        masks[name] = basis.structure.spread(moved, tuple(mask.shape))
+        kept, shape = basis.structure.collapse(mask), tuple(mask.shape)
+        masks[name] = basis.structure.spread(basis.structure.shuffle(kept, shape, source), shape)
     return Arm(basis.ticket.state, masks, basis.ticket.start)
 
 

@@ -97,9 +97,9 @@ def groups_at(
         ]
     groups = []
     for names, rate in pools:
-        grids = [structure.grid(tuple(masks[name].shape)) for name in names]
-        units = sum(height * width for height, width in grids)
-        groups.append(Group(names, round(units * keep_fraction(recipe, rate, level))))
+        shapes = [tuple(masks[name].shape) for name in names]
+        fraction = keep_fraction(recipe, rate, level)
+        groups.append(Group(names, structure.count(shapes, fraction, level)))
     return groups
 
 
@@ -136,13 +136,10 @@ def prune(
                 )
             pooled = structure.pool(score.masked_fill(~mask, 0.0))
             units.append(pooled.masked_fill(~structure.collapse(mask), -torch.inf))
-        flat = torch.cat(units)
-        assert group.keep <= int((flat > -torch.inf).count_nonzero()), "masks must be nested"
-        chosen = torch.zeros(flat.numel(), dtype=torch.bool)
-        chosen[torch.sort(flat, descending=True, stable=True).indices[: group.keep]] = True
-        parts = torch.split(chosen, [len(unit) for unit in units])
-        for name, kept in zip(group.names, parts, strict=True):
-            result[name] = structure.spread(kept, tuple(masks[name].shape))
+        shapes = [tuple(masks[name].shape) for name in group.names]
+        chosen = structure.choose(units, shapes, group.keep)
+        for name, kept, shape in zip(group.names, chosen, shapes, strict=True):
+            result[name] = structure.spread(kept, shape)
     return result
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Units of pruning: single weights, blocks, whole filters, N of M.
+"""Units of pruning: single weights, blocks, whole filters, N of every M.
 
 A structure turns the scores of a tensor into scores of units, and a choice of units back into a
 mask. Tensors are seen as matrices with one row an output channel, as the sparse formats see them.
@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from torch.nn import functional as F
 
 from sparselt.errors import OptionError, explain_mismatch
 
-__all__ = ["Blocks", "parse_structure"]
+__all__ = ["Blocks", "NOfM", "parse_structure"]
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,34 @@ class Blocks:
         """Which blocks of a block mask are kept: the inverse of :meth:`spread`."""
         return self.pool(mask.float()) > 0
 
+    def count(self, shapes: Sequence[tuple[int, ...]], fraction: float, level: int) -> int:
+        """Number of units that stay at ``fraction`` of all, after ``level`` rounds."""
+        return round(sum(math.prod(self.grid(shape)) for shape in shapes) * fraction)
+
+    def choose(
+        self, scores: Sequence[Tensor], shapes: Sequence[tuple[int, ...]], keep: int
+    ) -> list[Tensor]:
+        """The ``keep`` units of the largest scores over all tensors; of equals the earlier.
+
+        Args:
+            scores: Of the units of each tensor, as :meth:`pool` gives them; minus infinity where
+                nothing is left to keep.
+            shapes: Of the tensors.
+            keep: Number of units to keep.
+
+        Returns:
+            One bool tensor of units a tensor.
+        """
+        flat = torch.cat(list(scores))
+        assert keep <= int((flat > -torch.inf).count_nonzero()), "masks must be nested"
+        chosen = torch.zeros(flat.numel(), dtype=torch.bool)
+        chosen[torch.sort(flat, descending=True, stable=True).indices[:keep]] = True
+        return list(torch.split(chosen, [len(units) for units in scores]))
+
+    def shuffle(self, kept: Tensor, shape: tuple[int, ...], source: torch.Generator) -> Tensor:
+        """The kept units of a tensor, moved to random places that the structure allows."""
+        return kept[torch.randperm(kept.numel(), generator=source)]
+
     def _width(self, width: int) -> int:
         return self.cols or max(width, 1)
 
@@ -90,8 +119,70 @@ class Blocks:
         )
 
 
+@dataclass(frozen=True)
+class NOfM(Blocks):
+    """N of every M neighbouring weights along the input channels, as 2:4 of sparse tensor cores.
+
+    A level prunes one weight of every group, so 2:4 is reached in two rounds whatever the rates;
+    layers of rate 0 stay dense. A group at a ragged edge keeps up to N of what it holds.
+
+    Attributes:
+        n: Weights kept in a group.
+        m: Weights in a group.
+    """
+
+    rows: int = field(default=1, init=False)
+    cols: int = field(default=1, init=False)
+    n: int
+    m: int
+
+    def count(self, shapes: Sequence[tuple[int, ...]], fraction: float, level: int) -> int:
+        """Number of weights that stay after ``level`` rounds."""
+        kept = self.m if fraction == 1 else max(self.n, self.m - level)
+        return sum(self._count(shape, kept) for shape in shapes)
+
+    def choose(
+        self, scores: Sequence[Tensor], shapes: Sequence[tuple[int, ...]], keep: int
+    ) -> list[Tensor]:
+        """The largest of each group, as many a group as ``keep`` in all come to."""
+        counts = [sum(self._count(shape, n) for shape in shapes) for n in range(self.m + 1)]
+        if keep not in counts:
+            raise OptionError(
+                explain_mismatch(f"weights kept by {self.n}:{self.m}", f"one of {counts}", keep)
+            )
+        return [
+            self._largest(score, shape, counts.index(keep))
+            for score, shape in zip(scores, shapes, strict=True)
+        ]
+
+    def shuffle(self, kept: Tensor, shape: tuple[int, ...], source: torch.Generator) -> Tensor:
+        """As many kept in each group as before, at random places in it."""
+        most = int(self._grouped(kept.float(), shape, 0.0).sum(-1).max()) if kept.any() else 0
+        return self._largest(torch.rand(kept.numel(), generator=source), shape, most)
+
+    def _count(self, shape: tuple[int, ...], kept: int) -> int:
+        channels = shape[1]
+        whole, rest = divmod(channels, self.m)
+        return math.prod(shape) // max(channels, 1) * (whole * kept + min(rest, kept))
+
+    def _largest(self, scores: Tensor, shape: tuple[int, ...], kept: int) -> Tensor:
+        groups = self._grouped(scores, shape, -torch.inf)
+        order = torch.sort(groups, dim=-1, descending=True, stable=True).indices
+        chosen = torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, order[..., :kept], True)
+        # (rows, taps, padded channels) back to torch's (rows, channels, taps)
+        rows, channels = shape[0], shape[1]
+        return chosen.flatten(2)[:, :, :channels].transpose(1, 2).reshape(rows, -1).flatten()
+
+    def _grouped(self, values: Tensor, shape: tuple[int, ...], filler: float) -> Tensor:
+        """(rows, taps, groups, M): neighbours along the input channels."""
+        taps = math.prod(shape[2:])
+        lanes = values.reshape(shape[0], shape[1], taps).transpose(1, 2)
+        padded = F.pad(lanes, (0, -shape[1] % self.m), value=filler)
+        return padded.reshape(shape[0], taps, -1, self.m)
+
+
 def parse_structure(text: str) -> Blocks:
-    """The structure a recipe names: ``RxC``, or ``filter``.
+    """The structure a recipe names: ``RxC``, ``N:M`` or ``filter``.
 
     Raises:
         OptionError: Anything else.
@@ -102,7 +193,10 @@ def parse_structure(text: str) -> Blocks:
     """
     if text == "filter":
         return Blocks(1, 0)
-    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
-    if match is None:
-        raise OptionError(explain_mismatch("structure", "RxC such as 16x1, or filter", text))
-    return Blocks(int(match[1]), int(match[2]))
+    if match := re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text):
+        return Blocks(int(match[1]), int(match[2]))
+    match = re.fullmatch(r"([1-9]\d*):([1-9]\d*)", text)
+    if match is None or int(match[1]) > int(match[2]):
+        expected = "RxC such as 16x1, N:M such as 2:4, or filter"
+        raise OptionError(explain_mismatch("structure", expected, text))
+    return NOfM(int(match[1]), int(match[2]))
