@@ -22,17 +22,37 @@ KernelInfo make_info(std::string_view name, std::string_view op, std::string_vie
           tile_rows, tile_columns, dtype,  function.spmm, function.conv2d};
 }
 
-#define KERNEL_FUNCTION_cpu(name) KernelFunction(&cpu::name)
-#define KERNEL_FUNCTION_cuda(name) KernelFunction()
+// A kernel for another architecture, or for CUDA, is listed here but not built into this module.
+#define KERNEL_BUILT(name) KernelFunction(&cpu::name)
+#define KERNEL_LISTED(name) KernelFunction()
+#if defined(__x86_64__)
+#define KERNEL_FUNCTION_avx2 KERNEL_BUILT
+#define KERNEL_FUNCTION_avx512 KERNEL_BUILT
+#else
+#define KERNEL_FUNCTION_avx2 KERNEL_LISTED
+#define KERNEL_FUNCTION_avx512 KERNEL_LISTED
+#endif
+#if defined(__aarch64__)
+#define KERNEL_FUNCTION_neon KERNEL_BUILT
+#else
+#define KERNEL_FUNCTION_neon KERNEL_LISTED
+#endif
+#define KERNEL_FUNCTION_scalar KERNEL_BUILT
+#define KERNEL_FUNCTION_sm80 KERNEL_LISTED
 #define KERNEL(name, op, format, device, isa, tile_rows, tile_columns, dtype)        \
   make_info(#name, #op, #format, #device, Isa::isa, tile_rows, tile_columns, #dtype, \
-            KERNEL_FUNCTION_##device(name)),
+            KERNEL_FUNCTION_##isa(name)),
 const KernelInfo kTable[] = {
 #include "kernels.inc"
 };
 #undef KERNEL
-#undef KERNEL_FUNCTION_cuda
-#undef KERNEL_FUNCTION_cpu
+#undef KERNEL_FUNCTION_sm80
+#undef KERNEL_FUNCTION_scalar
+#undef KERNEL_FUNCTION_neon
+#undef KERNEL_FUNCTION_avx512
+#undef KERNEL_FUNCTION_avx2
+#undef KERNEL_LISTED
+#undef KERNEL_BUILT
 
 }  // namespace
 

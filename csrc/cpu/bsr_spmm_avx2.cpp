@@ -8,6 +8,7 @@
 // multiply-adds bind, not loads. Blocks along the output (4x1, 8x1, 16x1) thus run nearer to peak
 // than CSR; blocks of 1 or 2 rows gain less. Rows and columns of a block that stick out of the
 // matrix are skipped.
+#if defined(__x86_64__)
 #include <immintrin.h>
 
 #include "cpu/target.h"
@@ -99,3 +100,5 @@ void bsr_spmm_avx2(const SpmmCall& call, Range rows, Range columns) {
 
 }  // namespace sparselt::cpu
 SPARSELT_TARGET_END
+
+#endif  // __x86_64__

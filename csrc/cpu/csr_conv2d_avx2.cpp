@@ -8,6 +8,7 @@
 // loads and no test for borders. Where the planes carry a halo (pitch > out_width) the tile goes
 // through a small buffer and only its real pixels are written; the pixels thrown away, (pitch -
 // out_width) / pitch of the work, are the price of loads without gathers. Slow on very narrow maps.
+#if defined(__x86_64__)
 #include <immintrin.h>
 
 #include "cpu/target.h"
@@ -122,3 +123,5 @@ void csr_conv2d_avx2(const Conv2dCall& call, Range rows, Range pixels) {
 
 }  // namespace sparselt::cpu
 SPARSELT_TARGET_END
+
+#endif  // __x86_64__

@@ -9,6 +9,7 @@
 // and at a handful of columns, where too few accumulators hide the latency. With one column the
 // product is a dot product a row: four partial sums, chosen by the width of the whole product so
 // that the order of summation does not depend on the split.
+#if defined(__x86_64__)
 #include <immintrin.h>
 
 #include "cpu/target.h"
@@ -97,3 +98,5 @@ void csr_spmm_avx2(const SpmmCall& call, Range rows, Range columns) {
 
 }  // namespace sparselt::cpu
 SPARSELT_TARGET_END
+
+#endif  // __x86_64__
