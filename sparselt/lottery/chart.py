@@ -45,6 +45,8 @@ class Panel:
         lines: At most six.
         marks: Horizontal lines by label.
         even: Whether the x positions are spread evenly whatever their values.
+        shrinking: Whether the x axis is logarithmic and runs from large to small, as for weights
+            remaining.
     """
 
     title: str
@@ -53,6 +55,7 @@ class Panel:
     lines: Sequence[Line]
     marks: Mapping[str, float] = field(default_factory=dict)
     even: bool = False
+    shrinking: bool = False
 
 
 def draw_chart(panels: Sequence[Panel], caption: str, path: str | Path) -> None:
@@ -96,8 +99,19 @@ def _draw(axes: Axes, panel: Panel) -> None:
         axes.axhline(height, color=_GREY, linestyle=(":", "--", "-.")[index % 3], label=label)
     if panel.even:
         axes.set_xticks(list(places.values()), [f"{tick:g}" for tick in ticks])
+    elif panel.shrinking:
+        axes.set_xscale("log")
+        axes.invert_xaxis()
+        axes.set_xticks(_thinned(ticks), [f"{tick:.3g}" for tick in _thinned(ticks)])
+        axes.minorticks_off()
     axes.set_title(panel.title, fontsize=10)
     axes.set_xlabel(panel.x_label)
     axes.set_ylabel(panel.y_label)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
+
+
+def _thinned(ticks: Sequence[float], most: int = 8) -> list[float]:
+    """At most ``most`` of the ticks, the largest among them."""
+    step = -(-len(ticks) // most)
+    return sorted(list(ticks)[::-1][::step])
