@@ -69,8 +69,8 @@ def sparse_plan(facts: Facts, format: str, kernel: str = "") -> Plan:
     Raises:
         KernelError: no kernel applies, or the named one is unknown or does not.
     """
-    # The values are widened when packed and the result narrowed after, so half precision fits.
-    if facts.dtype in ("float16", "bfloat16"):
+    # On the CPU values are widened when packed and the result narrowed after.
+    if facts.device == "cpu" and facts.dtype in ("float16", "bfloat16"):
         facts = replace(facts, dtype="float32")
     kernels = ops.kernels()
     wanted = kernel or forced_kernel()

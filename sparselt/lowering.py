@@ -180,7 +180,7 @@ class _Lowering:
         name, inputs, obstacle = self.name_of(layer), [], ""
         if isinstance(value, Tensor):
             inputs = [_look_alike(value)]
-            if value.dtype != torch.float32:
+            if value.dtype != torch.float32 and value.device.type == "cpu":
                 obstacle = f"its input is {value.dtype}, and kernels compute float32"
         plan = self.tuner.plan(layer.module, inputs=inputs, obstacle=obstacle)
         fusion = self.fusion_of(layer)

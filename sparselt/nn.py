@@ -88,6 +88,7 @@ class SparseLayer(nn.Module):
         self.train(module.training)
         if weight.dtype is not _FLOAT32:
             self.to(weight.dtype)
+            self.kernel, self.plan = plan.kernel, plan
 
     @classmethod
     def from_dense(
@@ -141,7 +142,7 @@ class SparseLayer(nn.Module):
         Returns:
             An nn.Linear, nn.Conv1d or nn.Conv2d whose parameters require no gradient.
         """
-        # These two are results of the constructor, not arguments.
+        # The two left out are results of the constructor, not arguments.
         names = [name for name in self.attributes if name not in ("transposed", "output_padding")]
         arguments: dict[str, Any] = {name: getattr(self, name) for name in names}
         dense = self.dense_kind(**arguments, bias=self.bias is not None, device="meta")
@@ -188,6 +189,8 @@ class SparseLayer(nn.Module):
             bounded = self.lower is not None or self.upper is not None
             return result.clamp(self.lower, self.upper) if bounded else result
         narrow = got in (_FLOAT32, torch.float16, torch.bfloat16)
+        if got is own and narrow and input.is_cuda:
+            return self._run(input, parts, self.bias)
         if not narrow or (got is not own and not torch.is_autocast_enabled(input.device.type)):
             hint = f"convert the input with .to({own}) or the layer with .to({got})"
             raise DtypeError(explain_mismatch("input", own, got, hint))
@@ -195,12 +198,13 @@ class SparseLayer(nn.Module):
         return self._run(input.float(), [*parts[:-1], parts[-1].float()], bias).to(got)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        device = self.weight.device.type
+        before = self.weight.device.type, self.weight.dtype
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        moved_to = self.weight.device.type
-        if moved_to != device:
+        after = self.weight.device.type, self.weight.dtype
+        # On the CPU one kernel serves all types: others are converted on the way.
+        if after[0] != before[0] or (after[0] == "cuda" and after[1] != before[1]):
             self.kernel = ""
-            reason = f"moved from {device} to {moved_to} after planning: the first kernel that fits"
+            reason = f"moved to {after[0]}, {after[1]} after planning: the first kernel that fits"
             self.plan = Plan("", self.weight.format, reason, block=self.weight.block)
         return self
 
@@ -234,9 +238,8 @@ class SparseLayer(nn.Module):
         shown.append(f"bias={self.bias is not None}")
         if self.lower is not None or self.upper is not None:
             shown.append(f"clamp=({self.lower}, {self.upper})")
-        kernel = self.kernel or "first that fits"
         shown.append(f"density={self.weight.density:.3g}, format={self.weight.format}")
-        return ", ".join([*shown, f"kernel={kernel}"])
+        return ", ".join([*shown, f"kernel={self.kernel or 'first that fits'}"])
 
 
 class SparseLinear(SparseLayer):
@@ -261,10 +264,8 @@ class SparseLinear(SparseLayer):
             expected = f"(..., {self.in_features})"
             raise ShapeError(explain_mismatch("input", expected, tuple(input.shape)))
         meta = self._modules["weight"]._meta  # type: ignore[union-attr]
-        result: Tensor = _LINEAR(
-            input, parts, meta, bias, None, self.lower, self.upper, self.kernel
-        )
-        return result
+        y: Tensor = _LINEAR(input, parts, meta, bias, None, self.lower, self.upper, self.kernel)
+        return y
 
     def _run_dense(self, input: Tensor) -> Tensor:
         return F.linear(input, self.weight.to_dense(), self.bias)

@@ -50,6 +50,7 @@ def measure(
     calls: Mapping[str, Callable[[], object]],
     *,
     prepare: Callable[[], object] | None = None,
+    finish: Callable[[], object] | None = None,
     budget_ms: float = _BUDGET_MS,
 ) -> dict[str, float]:
     """Times several calls in turns, under inference mode and at torch's current thread count.
@@ -57,6 +58,7 @@ def measure(
     Args:
         calls: what to time, by name.
         prepare: run before every timed call, untimed; for example to make caches cold.
+        finish: run after every call and timed with it; waits for a device that works on its own.
         budget_ms: timed milliseconds to spend on all calls together, up to four times as many
             where the times scatter. At least three rounds are run, two where a call takes
             milliseconds, and at most forty.
@@ -73,6 +75,8 @@ def measure(
     with torch.inference_mode():
         for _, call in order:
             call()
+        if finish is not None:
+            finish()
         total, rounds = 0.0, 0
         while rounds < _MAX_ROUNDS:
             # Every second round runs backwards: the one that comes first is not always the same.
@@ -81,6 +85,8 @@ def measure(
                     prepare()
                 begin = time.perf_counter_ns()
                 call()
+                if finish is not None:
+                    finish()
                 us = (time.perf_counter_ns() - begin) / 1e3
                 spent[name].append(us)
                 total += us
@@ -175,8 +181,9 @@ class Tuner:
                 calls: dict[str, Callable[[], object]] = {DENSE: _dense_call(module, x)}
                 for item in pool:
                     calls[item.kernel] = _sparse_call(layers[item.format], item.kernel, x)
-                prepare = self._cool(x) if self.cold else None
-                for name, us in measure(calls, prepare=prepare).items():
+                prepare = self._cool(x) if self.cold and x.is_cpu else None
+                finish = torch.cuda.synchronize if x.is_cuda else None
+                for name, us in measure(calls, prepare=prepare, finish=finish).items():
                     total[name] += us
             self._times[key] = total
         return self._times[key]

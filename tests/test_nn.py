@@ -210,6 +210,14 @@ def test_other_types_keep_their_indices_and_compute(name, dtype):
     torch.testing.assert_close(got.float(), want, rtol=tolerance, atol=max(1e-5, tolerance))
 
 
+def test_a_layer_that_moves_to_another_device_gives_up_its_kernel():
+    _, sparse, _, _ = pruned("linear")
+    sparse.to("meta")
+    assert sparse.kernel == ""
+    assert sparse.plan.reason.startswith("moved to meta, torch.float32 after planning")
+    assert "kernel=first that fits" in repr(sparse)
+
+
 def test_float64_is_computed_in_float64():
     dense, sparse, x, _ = pruned("linear")
     want = dense.double()(x.double())
