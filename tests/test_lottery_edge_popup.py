@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lottery_cases import blobs, one_thread  # noqa: F401
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -33,20 +34,6 @@ RECIPE = Recipe(
     network="tiny", data="blobs", optimiser="sgd", lr=0.1, momentum=0.9, weight_decay=1e-3,
     batch=20, iterations=30, evaluate_every=10,
 )  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def one_thread(fixed_threads: None) -> None:
-    """Tensors this small only lose by being split."""
-    torch.set_num_threads(1)
-
-
-def blobs() -> Data:
-    source = torch.Generator().manual_seed(0)
-    y = torch.arange(120) % 3
-    x = torch.randn(120, 6, generator=source)
-    x[:, :3] += 2.0 * torch.eye(3)[y]
-    return Data((x[:60], y[:60]), (x[60:90], y[60:90]), (x[90:], y[90:]), classes=3)
 
 
 def images() -> Data:

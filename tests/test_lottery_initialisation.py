@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lottery_cases import one_thread  # noqa: F401
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -27,12 +28,6 @@ from sparselt.lottery.structures import Blocks
 
 BEFORE_TRAINING = [name for name, criterion in CRITERIA.items() if criterion.before_training]
 BUDGETS = ["global", "uniform", "erk"]
-
-
-@pytest.fixture(autouse=True)
-def one_thread(fixed_threads: None) -> None:
-    """Tensors this small only lose by being split."""
-    torch.set_num_threads(1)
 
 
 def blobs(features: int = 6, classes: int = 3) -> Data:

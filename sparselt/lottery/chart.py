@@ -45,6 +45,7 @@ class Panel:
         lines: At most six.
         marks: Horizontal lines by label.
         even: Whether the x positions are spread evenly whatever their values.
+        bottom: Where the y axis starts; None leaves it to the data.
         shrinking: Whether the x axis is logarithmic and runs from large to small, as for weights
             remaining.
     """
@@ -55,6 +56,7 @@ class Panel:
     lines: Sequence[Line]
     marks: Mapping[str, float] = field(default_factory=dict)
     even: bool = False
+    bottom: float | None = None
     shrinking: bool = False
 
 
@@ -104,6 +106,8 @@ def _draw(axes: Axes, panel: Panel) -> None:
         axes.invert_xaxis()
         axes.set_xticks(_thinned(ticks), [f"{tick:.3g}" for tick in _thinned(ticks)])
         axes.minorticks_off()
+    if panel.bottom is not None:
+        axes.set_ylim(bottom=panel.bottom)
     axes.set_title(panel.title, fontsize=10)
     axes.set_xlabel(panel.x_label)
     axes.set_ylabel(panel.y_label)

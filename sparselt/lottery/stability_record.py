@@ -119,6 +119,7 @@ def draw_stability(
         [Line(arm, _instabilities(rows, arm)) for arm in arms],
         {f"stable below {100 * STABLE:g}": 100 * STABLE},
         even=True,
+        bottom=0.0,
     )
     along = Panel(
         f"Error along the line, runs parted at iteration {points[0]}",
