@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where a run lives on disk, so that it can stop anywhere and go on.
 
+Under torchrun one process writes, and all of them read.
+
 ::
 
     <root>/<network>-<data>-<hash>/
@@ -20,6 +22,7 @@ import safetensors.torch
 from torch import Tensor
 
 from sparselt.errors import TicketFileError
+from sparselt.lottery import distributed
 from sparselt.lottery.recipe import Recipe
 from sparselt.lottery.training import Outcome
 from sparselt.tickets import Ticket, load_ticket
@@ -38,7 +41,7 @@ class RunFolder:
 
     def __init__(self, root: str | Path | None, recipe: Recipe) -> None:
         self.path = None if root is None else Path(root) / recipe.folder_name()
-        if self.path is not None:
+        if self.path is not None and distributed.is_leader():
             replace_file(self.path / "recipe.json", recipe.to_json().encode())
 
     def checkpoint(self, level: int, arm: str) -> Path | None:
@@ -60,7 +63,7 @@ class RunFolder:
     def write_outcome(self, level: int, arm: str, outcome: Outcome) -> None:
         """Records a finished training."""
         path = self._file(level, f"{arm}.json")
-        if path is not None:
+        if path is not None and distributed.is_leader():
             replace_file(path, json.dumps(outcome.to_values()).encode())
 
     def read_ticket(self, level: int) -> Ticket | None:
@@ -71,7 +74,7 @@ class RunFolder:
     def write_ticket(self, level: int, ticket: Ticket) -> None:
         """Saves the ticket of a level."""
         path = self._file(level, "ticket.safetensors")
-        if path is not None:
+        if path is not None and distributed.is_leader():
             ticket.save(path)
 
     def read_rewind(self) -> dict[str, Tensor] | None:
@@ -81,7 +84,7 @@ class RunFolder:
 
     def write_rewind(self, state: dict[str, Tensor]) -> None:
         """Saves the state dict of the rewinding iteration."""
-        if self.path is not None:
+        if self.path is not None and distributed.is_leader():
             replace_file(self.path / "rewind.safetensors", safetensors.torch.save(state))
 
     def _file(self, level: int, name: str) -> Path | None:

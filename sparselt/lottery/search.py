@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sparselt.lottery import distributed
 from sparselt.lottery.controls import Arm, Basis, make_control
 from sparselt.lottery.criteria import Subject, criterion_of
 from sparselt.lottery.data import Data, load_data
@@ -123,6 +124,8 @@ def run_levels(
 ) -> Iterator[Level]:
     """Runs a search level by level; level 0 is the dense network.
 
+    Under torchrun all processes run the one search together, and the first of them writes.
+
     Args:
         network: A key of ``NETWORKS``, a function that builds your network, or a module. A function
             is called with torch's global generator seeded from the recipe; a module's present
@@ -146,6 +149,7 @@ def run_levels(
         OptionError: The recipe or ``controls`` name something unknown.
         DataError: The data are absent, training diverged, or a control equals its ticket.
     """
+    distributed.join()
     recipe = recipe or Recipe()
     loaded = load_data(data) if isinstance(data, str) else data
     search = _Search(network, loaded, recipe, folder, progress, loss, torch.device(device))
@@ -182,7 +186,8 @@ class _Search:
         loss: Loss,
         device: torch.device,
     ) -> None:
-        self.recipe, self.progress, self.loss, self.device = recipe, progress, loss, device
+        self.recipe, self.loss, self.device = recipe, loss, device
+        self.progress = progress if distributed.is_leader() else None
         self.data = data.to(device)
         self.checkpoint_seconds = 30.0
         self.levels = number_of_levels(recipe)
@@ -300,6 +305,7 @@ class _Search:
             scores = self.criterion.score(subject)
             groups = [self._partly(group, step / steps) for group in targets]
             masks = prune(scores, masks, groups, self.structure)
+        distributed.check_same(masks, "masks")
         return masks, scores
 
     def _partly(self, group: Group, share: float) -> Group:

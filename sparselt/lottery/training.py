@@ -3,7 +3,7 @@
 
 The data order and the learning rate are functions of the iteration alone, so training can start at
 any iteration and stop at any, and a run that was killed continues to bitwise the same end (on one
-machine's CPU).
+machine's CPU). Under torchrun every process trains on its shard of each batch.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparselt.errors import DataError, OptionError, explain_mismatch
+from sparselt.lottery import distributed
 from sparselt.lottery.data import Data
 from sparselt.lottery.masks import MaskKeeper
 from sparselt.lottery.recipe import Recipe
@@ -182,6 +183,7 @@ class _Loop:
             )
         self.model, self.data, self.how = model, data, how
         self.keeper = MaskKeeper(model, masks)
+        self.forward = distributed.wrap(model)
         self.optimiser = OPTIMISERS[recipe.optimiser](list(model.parameters()), recipe)
         self.stop = recipe.iterations if how.stop is None else how.stop
         self.batch = min(recipe.batch, len(data.train[1]))
@@ -212,7 +214,7 @@ class _Loop:
         if how.observe:
             how.observe(self.iteration, self.model)
         outcome = self._outcome(earlier + time.perf_counter() - began)
-        if how.checkpoint:
+        if how.checkpoint and distributed.is_leader():
             how.checkpoint.unlink(missing_ok=True)
         return outcome
 
@@ -221,7 +223,7 @@ class _Loop:
         for group in self.optimiser.param_groups:
             group["lr"] = rate
         inputs, labels = self._next_batch()
-        loss = self.how.loss(self.model(inputs), labels)
+        loss = self.how.loss(self.forward(inputs), labels)
         self.optimiser.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         self.keeper.mask_gradients()
@@ -238,10 +240,12 @@ class _Loop:
             source = generator(self.how.order_seed, "order", epoch)
             self._order = (epoch, torch.randperm(len(labels), generator=source).to(labels.device))
         chosen = self._order[1][index * self.batch : (index + 1) * self.batch]
+        chosen = distributed.shard(chosen)
         batch = inputs[chosen]
         return (_augmented(batch) if self.how.recipe.augment else batch), labels[chosen]
 
     def _look(self) -> None:
+        distributed.share_buffers(self.model)
         loss, accuracy = evaluate(self.model, self.data.validation, self.how.loss)
         if not loss < float("inf"):
             raise DataError(
@@ -278,6 +282,8 @@ class _Loop:
         )
 
     def _save(self, path: Path) -> None:
+        if not distributed.is_leader():
+            return
         buffer = io.BytesIO()
         state = {
             "iteration": self.iteration,
