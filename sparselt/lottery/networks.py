@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from sparselt.errors import DataError, OptionError, explain_mismatch
+from sparselt.lottery.deep_networks import DEEP_NETWORKS
 
 __all__ = ["NETWORKS", "Factory", "build", "factory_of"]
 
@@ -66,6 +67,7 @@ NETWORKS: dict[str, Callable[[tuple[int, ...], int], nn.Module]] = {
     "conv_2": conv_2,
     "conv_4": conv_4,
     "conv_6": conv_6,
+    **DEEP_NETWORKS,
 }
 
 
