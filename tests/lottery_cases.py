@@ -7,9 +7,14 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sparselt.lottery import Data, Recipe
+from sparselt.lottery.masks import groups_at, prune
+from sparselt.lottery.structures import Blocks
+
+ONE = Blocks(1, 1)
+Masks = dict[str, Tensor]
 
 RECIPE = Recipe(
     network="tiny",
@@ -41,6 +46,17 @@ def network(dropout: float = 0.0) -> nn.Sequential:
     return nn.Sequential(
         nn.Linear(6, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(dropout), nn.Linear(16, 3)
     )
+
+
+def run_ladder(scores: dict[str, Tensor], recipe: Recipe, structure: Blocks = ONE) -> list[Masks]:
+    """Masks of every level, the scores staying the same."""
+    masks = {name: torch.ones(score.shape, dtype=torch.bool) for name, score in scores.items()}
+    rates = dict.fromkeys(scores, recipe.rate)
+    result = [masks]
+    for level in range(1, recipe.levels + 1):
+        masks = prune(scores, masks, groups_at(rates, masks, recipe, level, structure), structure)
+        result.append(masks)
+    return result
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,6 @@ import pytest
 from sparselt.lottery import figures
 from sparselt.lottery.chart import Panel
 from sparselt.lottery.record import Row
-from sparselt.lottery.stability import Stability
 
 pytest.importorskip("matplotlib", reason="pictures need matplotlib")
 
@@ -47,20 +46,6 @@ def test_levels_show_every_seed_of_tickets_and_of_all_their_controls(panels: lis
     assert accuracy.marks == {"dense": pytest.approx(90.5)}
     assert early.lines[0].points[12.5] == [400.0, 400.0]
     assert accuracy.shrinking
-
-
-def test_stability_is_shown_over_rewinding_points(panels: list[Panel]) -> None:
-    shaky = Stability(0, 1.0, (0.1, 0.5, 0.1), (0.0,) * 3, "none")
-    calm = Stability(50, 1.0, (0.1, 0.1, 0.1), (0.0,) * 3, "none")
-
-    figures.draw_stability([shaky, calm], [calm], "", "unused.png")
-    figures.draw_paths([shaky], "", "unused.png")
-
-    assert dict(panels[0].lines[0].points) == {0.0: pytest.approx([40.0]), 50.0: pytest.approx([0])}
-    assert panels[0].marks == {"stable below": 2.0}
-    assert dict(panels[1].lines[0].points) == {
-        0.0: pytest.approx([10]), 0.5: pytest.approx([50]), 1.0: pytest.approx([10]),
-    }  # fmt: skip
 
 
 def test_a_picture_is_a_png_and_replaces_the_old_one(tmp_path: Path) -> None:

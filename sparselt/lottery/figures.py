@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The pictures of lottery experiments, drawn from records alone."""
+"""The picture of a search, drawn from its record alone."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ from pathlib import Path
 
 from sparselt.lottery.chart import Line, Panel, draw_chart
 from sparselt.lottery.record import Row
-from sparselt.lottery.stability import STABLE, Stability
 
-__all__ = ["draw_levels", "draw_paths", "draw_stability"]
+__all__ = ["draw_levels"]
 
 
 def draw_levels(rows: Sequence[Row], caption: str, path: str | Path) -> None:
@@ -47,57 +46,6 @@ def draw_levels(rows: Sequence[Row], caption: str, path: str | Path) -> None:
         ),
     ]
     draw_chart(panels, caption, path)
-
-
-def draw_stability(
-    dense: Sequence[Stability], tickets: Sequence[Stability], caption: str, path: str | Path
-) -> None:
-    """Instability against the rewinding iteration, dense network and tickets.
-
-    Args:
-        dense: Of the dense network, one or more a rewinding iteration.
-        tickets: Of the tickets.
-        caption: Below the picture: what was run.
-        path: The PNG to write.
-    """
-    lines = []
-    for label, cases in (("dense", dense), ("ticket", tickets)):
-        points: dict[float, list[float]] = defaultdict(list)
-        for case in cases:
-            points[float(case.start)].append(100 * case.instability)
-        if points:
-            lines.append(Line(label, points))
-    panel = Panel(
-        "instability to the order of the data",
-        "rewinding iteration",
-        "instability (% of error)",
-        lines,
-        {"stable below": 100 * STABLE},
-        even=True,
-    )
-    draw_chart([panel], caption, path)
-
-
-def draw_paths(cases: Sequence[Stability], caption: str, path: str | Path) -> None:
-    """Error along the line between two runs, one line a case (at most six).
-
-    Args:
-        cases: Each labelled by its rewinding iteration and density.
-        caption: Below the picture: what was run.
-        path: The PNG to write.
-    """
-    lines = [
-        Line(
-            f"k = {case.start}, {100 * case.density:.1f} %",
-            {
-                index / (len(case.errors) - 1): [100 * error]
-                for index, error in enumerate(case.errors)
-            },
-        )
-        for case in cases
-    ]
-    panel = Panel("between two runs", "share of the way", "test error (%)", lines)
-    draw_chart([panel], caption, path)
 
 
 def _lines(rows: Sequence[Row], value: Callable[[Row], float]) -> list[Line]:
