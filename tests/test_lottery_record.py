@@ -13,6 +13,7 @@ from lottery_cases import RECIPE, blobs, network, one_thread  # noqa: F401
 from sparselt import errors
 from sparselt.lottery import Progress, Recipe, Step, run_levels
 from sparselt.lottery.advice import Advice, advise
+from sparselt.lottery.experiment import Experiment, run_experiment
 from sparselt.lottery.progress import Tally, progress_bars
 from sparselt.lottery.record import Row, read_record, rows_of, write_record
 from sparselt.lottery.replicates import run_replicates
@@ -238,3 +239,31 @@ class TestProgress:
         shown = " ".join(capsys.readouterr().out.split())
         for part in ("seed 7", "level 2/3", "ticket", "500/600", "98.7 %"):
             assert part in shown
+
+
+class TestExperiment:
+    def test_one_call_leaves_record_picture_verdicts_and_advice(self, tmp_path: Path) -> None:
+        pytest.importorskip("matplotlib", reason="pictures need matplotlib")
+        recipe = replace(RECIPE, levels=2, iterations=10)
+
+        found = run_experiment(
+            recipe, tmp_path, seeds=(0,), controls=("reinit",), network=network, data=blobs()
+        )
+
+        stem = recipe.folder_name()
+        assert [path.name for path in found.files] == [
+            f"{stem}.{e}" for e in ("json", "csv", "png")
+        ]
+        assert all(path.stat().st_size > 100 for path in found.files)
+        assert read_record(found.files[0]) == (found.rows, recipe)
+        assert [verdict.level for verdict in found.verdicts] == [1, 2]
+        assert found.smallest_win is None
+        assert found.advice
+        assert (tmp_path / "runs" / stem / "level_02" / "ticket.safetensors").exists()
+
+    def test_the_smallest_win_is_the_one_of_least_density(self) -> None:
+        rows = made(GOOD, densities=(1.0, 0.08, 0.05))
+        found = Experiment(rows, judge(rows), [], [])
+
+        assert found.smallest_win is not None
+        assert found.smallest_win.level == 2

@@ -6,11 +6,15 @@ from __future__ import annotations
 from sparselt.lottery.controls import CONTROLS
 from sparselt.lottery.criteria import CRITERIA
 from sparselt.lottery.data import DATASETS, Data, load_data
+from sparselt.lottery.experiment import Experiment, run_experiment
 from sparselt.lottery.networks import NETWORKS
 from sparselt.lottery.recipe import Recipe
+from sparselt.lottery.recipes import RECIPES, recipe_of
+from sparselt.lottery.replicates import run_replicates
 from sparselt.lottery.restarts import RESTARTS
 from sparselt.lottery.schedules import SCHEDULES
 from sparselt.lottery.search import Level, Progress, best_level, find_ticket, run_levels
+from sparselt.lottery.stability import Stability, measure_stability
 from sparselt.lottery.training import OPTIMISERS, Outcome, Step, Training, evaluate, train
 
 __all__ = [
@@ -19,19 +23,26 @@ __all__ = [
     "DATASETS",
     "NETWORKS",
     "OPTIMISERS",
+    "RECIPES",
     "RESTARTS",
     "SCHEDULES",
     "Data",
+    "Experiment",
     "Level",
     "Outcome",
     "Progress",
     "Recipe",
+    "Stability",
     "Step",
     "Training",
     "best_level",
     "evaluate",
     "find_ticket",
     "load_data",
+    "measure_stability",
+    "recipe_of",
+    "run_experiment",
     "run_levels",
+    "run_replicates",
     "train",
 ]
