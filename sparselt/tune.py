@@ -30,7 +30,8 @@ __all__ = ["Tuner", "cache_bytes", "measure"]
 _BUDGET_MS = 6.0
 _MIN_ROUNDS = 3
 _MAX_ROUNDS = 40
-# Where other programs disturb the clock, more time is spent, up to this many times the budget.
+# Where other programs disturb the clock, at least so many rounds, and up to so many budgets.
+_DOUBTFUL_ROUNDS = 5
 _PATIENCE = 4
 _STEADY = 1.3
 # From this length of a call on, its spread is small against it and fewer rounds do.
@@ -60,8 +61,8 @@ def measure(
         prepare: run before every timed call, untimed; for example to make caches cold.
         finish: run after every call and timed with it; waits for a device that works on its own.
         budget_ms: timed milliseconds to spend on all calls together, up to four times as many
-            where the times scatter. At least three rounds are run, two where a call takes
-            milliseconds, and at most forty.
+            where the times scatter too much to tell which is best. At least three rounds are run,
+            two where a call takes milliseconds, five where the times scatter, and at most forty.
 
     Returns:
         The median microseconds of each call, by name.
@@ -91,16 +92,23 @@ def measure(
                 spent[name].append(us)
                 total += us
             rounds += 1
-            least = 2 if total / rounds > _LONG_CALL_US else _MIN_ROUNDS
-            patience = 1 if all(map(_is_steady, spent.values())) else _PATIENCE
-            if rounds >= least and total >= 1e3 * budget_ms * patience:
+            settled = _is_settled(list(spent.values()))
+            least = _MIN_ROUNDS - (total / rounds > _LONG_CALL_US) if settled else _DOUBTFUL_ROUNDS
+            if rounds >= least and total >= 1e3 * budget_ms * (1 if settled else _PATIENCE):
                 break
     return {name: statistics.median(times) for name, times in spent.items()}
 
 
-def _is_steady(times: list[float]) -> bool:
-    """Whether the median is near the best; it is not where other programs interrupt the calls."""
-    return statistics.median(times) <= _STEADY * min(times)
+def _is_settled(times: list[list[float]]) -> bool:
+    """Whether more rounds would change nothing.
+
+    Either every median is near its best, which it is not where other programs interrupt the calls,
+    or one candidate's worst is better than all others' best.
+    """
+    if all(statistics.median(own) <= _STEADY * min(own) for own in times):
+        return True
+    first, *others = sorted(times, key=max)
+    return all(max(first) < min(other) for other in others)
 
 
 class Tuner:
