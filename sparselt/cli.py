@@ -7,6 +7,7 @@ import argparse
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import sparselt
@@ -15,6 +16,8 @@ from sparselt.errors import OptionError, SparseltError
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
+    from sparselt import lottery
+    from sparselt.measure.report import Column
     from sparselt.measure.suites import Layer
 
 __all__ = ["main", "parser"]
@@ -40,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         sys.stderr.close()  # the reader went away (`| head`): nobody is left to tell
         return _EXIT_FAILED
-    except (SparseltError, OSError) as error:
+    except (SparseltError, OSError, ImportError) as error:
         print(f"sparselt: {error}", file=sys.stderr)
         return _EXIT_USAGE
     return code
@@ -91,7 +94,13 @@ def _find(commands: Any) -> None:
         "--out", default="ticket.safetensors", metavar="FILE", help="default: %(default)s"
     )
     command.add_argument("--runs", metavar="FOLDER", help="keep the run there, and resume it")
-    if "find" in sys.argv[1:2]:
+    command.add_argument(
+        "--controls", nargs="*", default=["reinit"], metavar="NAME", help="default: reinit"
+    )
+    command.add_argument(
+        "--data-folder", metavar="FOLDER", help="of the data's files (default: SPARSELT_DATA)"
+    )
+    if "find" in sys.argv[1:2]:  # the recipe's flags need torch, which other commands do without
         from sparselt.lottery import Recipe
 
         Recipe.add_flags(command)
@@ -318,7 +327,7 @@ def _run_compare(arguments: argparse.Namespace) -> int:
 
     before, after = (report.read_json(file) for file in (arguments.before, arguments.after))
     rows, warning = report.compare(before, after)
-    title = f"{arguments.before} against {arguments.after}"
+    title = f"{Path(arguments.before).name} against {Path(arguments.after).name}"
     _show(report.rich_table(title, report.COMPARE_COLUMNS, rows, warning))
     _keep(arguments, {"kind": "compare", "machine": after["machine"], "rows": rows})
     return 0
@@ -334,8 +343,54 @@ def _run_quickstart(arguments: argparse.Namespace) -> int:
 
 
 def _run_find(arguments: argparse.Namespace) -> int:
-    from sparselt.lottery import Recipe, find_ticket
+    from dataclasses import asdict
 
-    ticket = find_ticket(Recipe.from_flags(arguments))
+    from sparselt import lottery
+    from sparselt.measure import inspection, report
+    from sparselt.measure.machine import header
+
+    recipe = lottery.Recipe.from_flags(arguments)
+    with _status() as progress:
+        ticket = lottery.find_ticket(
+            recipe.network,
+            lottery.load_data(recipe.data, arguments.data_folder),
+            recipe,
+            controls=arguments.controls,
+            folder=arguments.runs,
+            progress=lambda now: progress(_where(now)),
+        )
     ticket.save(arguments.out)
+    rows = ticket.meta["levels"]
+    _show(
+        report.rich_table(f"{recipe.network} on {recipe.data}", _level_columns(arguments), rows),
+        f"Wrote {arguments.out}.",
+        inspection.summary(inspection.inspect_file(arguments.out)),
+    )
+    _keep(
+        arguments,
+        {"kind": "find", "machine": header(), "recipe": asdict(recipe), "rows": rows},
+    )
     return 0
+
+
+def _where(now: lottery.Progress) -> str:
+    step = now.step
+    return (
+        f"level {now.level} of {now.levels - 1}, {now.arm}: iteration {step.iteration} of "
+        f"{step.iterations}, validation accuracy {step.validation_accuracy:.1%}"
+    )
+
+
+def _level_columns(arguments: argparse.Namespace) -> list[Column]:
+    from sparselt.measure.report import Column
+
+    def control(name: str) -> Callable[[dict[str, Any]], str]:
+        return lambda row: f"{row['controls'][name]:.2%}" if name in row["controls"] else "-"
+
+    return [
+        Column("level", lambda row: str(row["level"])),
+        Column("density", lambda row: f"{row['density']:.2%}"),
+        Column("test accuracy", lambda row: f"{row['test_accuracy']:.2%}"),
+        Column("validation", lambda row: f"{row['validation_accuracy']:.2%}"),
+        *(Column(f"control {name}", control(name)) for name in arguments.controls),
+    ]

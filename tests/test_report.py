@@ -73,6 +73,17 @@ def test_compare_joins_rows_and_warns_of_another_machine() -> None:
         report.compare(before, result_with({"z": 1}))
 
 
+def test_compare_takes_the_change_of_dense_engines_for_the_machines_drift() -> None:
+    before, after = (
+        result_with({"a": 10, "torch_dense": 10}),
+        result_with({"a": 8, "torch_dense": 8}),
+    )
+    for result in (before, after):
+        result["rows"][1]["dense"] = True
+    rows, _ = report.compare(before, after)
+    assert [row["verdict"] for row in rows] == ["same", "same"]
+
+
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"schema": 9, "machine": {}, "rows": []}'])
 def test_read_json_refuses_other_files(tmp_path: Path, text: str) -> None:
     (tmp_path / "x.json").write_text(text)

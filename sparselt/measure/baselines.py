@@ -109,11 +109,9 @@ def _needs_compiler() -> str:
 
 
 def _torch_compile(model: nn.Module, example: tuple[Tensor, ...]) -> Run:
-    import torch._inductor.config as inductor
-
     model = copy.deepcopy(model).eval().requires_grad_(False)
-    inductor.freezing = True  # folds batch norm and prepacks the weights: the strong form
-    return _inference(torch.compile(model))
+    # Freezing folds batch norm and prepacks the weights: the strong form.
+    return _inference(torch.compile(model, options={"freezing": True}))
 
 
 def _missing(*modules: str) -> str:

@@ -26,7 +26,7 @@ from sparselt import ops
 from sparselt.errors import OptionError, SparseltError
 from sparselt.formats import SparseWeight, pack
 from sparselt.measure.machine import cache_bytes, header
-from sparselt.measure.suites import Layer, random_mask
+from sparselt.measure.suites import Layer, random_mask, real_mask
 from sparselt.measure.timer import Flush, Timing, interleave, speedup
 from sparselt.plan import KernelInfo
 
@@ -288,6 +288,8 @@ def bench_layers(
 ) -> dict[str, Any]:
     """Time every kernel that fits on every layer, against torch and numpy.
 
+    Zeros are random, or those of a pruned ResNet-50 where `suites.real_mask` finds them.
+
     Args:
         layers: shapes, for instance `suites.SUITES["resnet50"]`.
         densities: shares of kept weights, 0 to 1.
@@ -315,6 +317,9 @@ def bench_layers(
         for density in densities:
             if progress is not None:
                 progress(f"{layer.case}, density {density:g}")
-            case = problem(layer, density, batch, block, seed)
-            rows += _bench_one(case, density, batch, seconds, cold)
+            mask = real_mask(layer, density) if block == (1, 1) else None
+            case = problem(layer, density, batch, block, seed, mask)
+            pattern = "random" if mask is None else "pruned"
+            found = _bench_one(case, density, batch, seconds, cold)
+            rows += [{**row, "pattern": pattern} for row in found]
     return {"kind": "layers", "machine": header(), "rows": rows}

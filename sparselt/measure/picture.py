@@ -58,13 +58,20 @@ def draw_quickstart(rows: list[dict[str, Any]], caption: str, path: str | Path) 
 
 def _draw_accuracy(panel: Axes, row: dict[str, Any]) -> None:
     remaining = [100 * level["density"] for level in row["levels"]]
-    for key, label, colour, style in (
-        ("ticket_accuracy", "ticket (original weights)", _TICKET, "o-"),
-        ("control_accuracy", "control (reinitialised)", _CONTROL, "s--"),
+    for arm, label, colour, style in (
+        ("ticket", "ticket (original weights)", _TICKET, "o-"),
+        ("control", "control (reinitialised)", _CONTROL, "s--"),
     ):
-        points = [(x, level[key]) for x, level in zip(remaining, row["levels"], strict=True)]
-        drawn = [(x, 100 * y) for x, y in points if y is not None]
-        panel.plot(*zip(*drawn, strict=True), style, color=colour, label=label, markersize=4)
+        points = [
+            (x, [100 * y for y in level[f"{arm}_accuracies"]])
+            for x, level in zip(remaining, row["levels"], strict=True)
+            if level[f"{arm}_accuracies"]
+        ]
+        places = [x for x, _ in points]
+        means = [sum(ys) / len(ys) for _, ys in points]
+        panel.plot(places, means, style, color=colour, label=label, markersize=4)
+        low, high = [min(ys) for _, ys in points], [max(ys) for _, ys in points]
+        panel.fill_between(places, low, high, color=colour, alpha=0.15, linewidth=0)
     panel.axhline(100 * row["dense_accuracy"], color=_DENSE, linestyle=":", label="dense", zorder=0)
     panel.set_xscale("log")
     panel.invert_xaxis()
@@ -79,30 +86,27 @@ def _draw_accuracy(panel: Axes, row: dict[str, Any]) -> None:
 
 
 def _draw_latency(panel: Axes, rows: list[dict[str, Any]]) -> None:
-    bars = [(row["network"], found) for row in rows for found in row["batches"]]
+    bars = [(row["short"], found) for row in rows for found in row["batches"]]
     for place, (_, found) in enumerate(bars):
-        dense, sparse = found["dense_us"], found["sparse_us"]
-        panel.bar(place - 0.2, dense, 0.38, color=_DENSE, label="best dense torch")
-        panel.bar(place + 0.2, sparse, 0.38, color=_SPARSE, label="sparselt")
-        for shift, value in ((-0.2, dense), (0.2, sparse)):
-            panel.annotate(
-                microseconds(value),
-                (place + shift, value),
-                xytext=(0, 2),
-                textcoords="offset points",
-                ha="center",
-                fontsize=7,
-            )
-    panel.set_yscale("log")
-    top = max(max(found["dense_us"], found["sparse_us"]) for _, found in bars)
-    low = min(min(found["dense_us"], found["sparse_us"]) for _, found in bars)
-    panel.set_ylim(low / 3, top * 6)
-    names = [
-        f"{network}\nbatch {found['batch']}\n{found['speedup']:.2f}x" for network, found in bars
-    ]
-    panel.set_xticks(range(len(bars)), names, fontsize=8)
-    panel.set_ylabel("latency (us, log scale)")
-    panel.set_title("One call, and the speed-up", fontsize=10)
+        for shift, key, colour in ((-0.2, "dense_us", _DENSE), (0.2, "sparse_us", _SPARSE)):
+            label = {"dense_us": "best dense torch", "sparse_us": "sparselt"}[key]
+            panel.barh(place + shift, found[key], 0.36, color=colour, label=label)
+            text = microseconds(found[key])
+            if key == "sparse_us":
+                text += f"  ({found['speedup']:.2f}x)"
+            _write_beside(panel, found[key], place + shift, text)
+    times = [found[key] for _, found in bars for key in ("dense_us", "sparse_us")]
+    panel.set_xscale("log")
+    panel.set_xlim(min(times) / 3, max(times) * 30)  # room for the figures beside the bars
+    names = [f"{network}\nbatch {found['batch']}" for network, found in bars]
+    panel.set_yticks(range(len(bars)), names)
+    panel.set_ylim(len(bars) - 0.4, -1.1)
+    panel.set_xlabel("time of one call (us, log scale)")
+    panel.set_title("Dense against sparse: shorter is better", fontsize=10)
     handles, labels = panel.get_legend_handles_labels()
-    panel.legend(handles[:2], labels[:2], fontsize=8, loc="upper left")
-    panel.grid(axis="y", alpha=0.3)
+    panel.legend(handles[:2], labels[:2], fontsize=8, loc="upper right", ncols=2)
+    panel.grid(axis="x", alpha=0.3)
+
+
+def _write_beside(panel: Axes, x: float, y: float, text: str) -> None:
+    panel.annotate(text, (x, y), xytext=(3, 0), textcoords="offset points", va="center", fontsize=8)

@@ -20,6 +20,7 @@ from sparselt.measure.machine import one_line
 from sparselt.tickets.file import replace_file
 
 if TYPE_CHECKING:
+    from rich.console import JustifyMethod
     from rich.table import Table
 
 __all__ = [
@@ -131,16 +132,22 @@ def rich_table(
     title: str, columns: Sequence[Column], rows: Iterable[dict[str, Any]], caption: str = ""
 ) -> Table:
     """A table for `rich.console.Console.print`."""
+    from rich import box
     from rich.markup import escape
     from rich.table import Table
 
     table = Table(
-        title=title, caption=caption or None, title_justify="left", caption_justify="left"
+        title=title or None,
+        caption=caption or None,
+        title_justify="left",
+        caption_justify="left",
+        title_style="bold",
+        caption_style="",
+        box=box.SIMPLE_HEAD,
     )
     for column in columns:
-        table.add_column(
-            column.title, justify="right" if column.right else "left", no_wrap=column.whole
-        )
+        justify: JustifyMethod = "right" if column.right else "left"
+        table.add_column(column.title, justify=justify, no_wrap=column.whole)
     for row in rows:
         table.add_row(*(escape(column.cell(row)) for column in columns))
     return table
@@ -174,7 +181,7 @@ def layer_tables(result: dict[str, Any]) -> list[Table]:
         return [rich_table("", SUMMARY_COLUMNS, rows, caption)]
     tables = []
     for (case, density), rows in cases.items():
-        title = f"{case}, density {density:g}, batch {rows[0]['batch']}"
+        title = f"{case}, density {density:g} ({rows[0]['pattern']}), batch {rows[0]['batch']}"
         tables.append(rich_table(title, LAYER_COLUMNS, rows))
     tables[-1].caption = machine
     return tables
@@ -309,8 +316,24 @@ def _key(row: dict[str, Any]) -> tuple[str, ...]:
     return tuple(str(row.get(name, "")) for name in ("case", "density", "batch", "engine"))
 
 
+def _drift(
+    old: dict[tuple[str, ...], dict[str, Any]], rows: Iterable[dict[str, Any]]
+) -> dict[tuple[str, ...], float]:
+    """By case: the largest relative change of a dense engine's time."""
+    found: dict[tuple[str, ...], float] = {}
+    for row in rows:
+        key = _key(row)
+        if row.get("dense") and row.get("median_us") and key in old:
+            ratio = float(old[key]["median_us"]) / float(row["median_us"])
+            found[key[:-1]] = max(found.get(key[:-1], 0.0), max(ratio, 1 / ratio) - 1)
+    return found
+
+
 def compare(before: dict[str, Any], after: dict[str, Any]) -> tuple[list[dict[str, Any]], str]:
     """Join two results row by row.
+
+    Dense engines are other people's code and did not change, so their ratio between the two runs
+    is what the machine changed: no smaller ratio of the same case is called a gain or a loss.
 
     Returns:
         (rows with case, engine, density, before_us, after_us, ratio and verdict; a warning if the
@@ -320,13 +343,15 @@ def compare(before: dict[str, Any], after: dict[str, Any]) -> tuple[list[dict[st
         DataError: if no row is in both.
     """
     old = {_key(row): row for row in before["rows"] if row.get("median_us")}
+    drift = _drift(old, after["rows"])
     rows = []
     for row in after["rows"]:
         if not row.get("median_us") or _key(row) not in old:
             continue
         was = old[_key(row)]
         ratio = was["median_us"] / row["median_us"]
-        noise = max(SMALLEST_GAIN, float(was.get("noise", 0.0)), float(row.get("noise", 0.0)))
+        own = max(float(was.get("noise", 0.0)), float(row.get("noise", 0.0)))
+        noise = max(SMALLEST_GAIN, own, drift.get(_key(row)[:-1], 0.0))
         verdict = "faster" if ratio > 1 + noise else "slower" if ratio < 1 / (1 + noise) else "same"
         rows.append(
             {

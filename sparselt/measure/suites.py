@@ -2,12 +2,13 @@
 """Layer shapes to time kernels on: real networks' shapes, drawn at random or read from DLMC.
 
 The Deep Learning Matrix Collection (Gale et al., arXiv 1902.09574 and 2006.10901) has the weight
-patterns of magnitude-pruned networks as .smtx text files, without values.
+patterns of magnitude-pruned networks, without values; they are used where they are at hand.
 """
 
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,8 +16,9 @@ import torch
 from torch import Tensor
 
 from sparselt.errors import OptionError
+from sparselt.tickets import load_ticket
 
-__all__ = ["SUITES", "Layer", "dlmc_folder", "random_mask", "suite"]
+__all__ = ["SUITES", "Layer", "random_mask", "real_mask", "suite"]
 
 
 @dataclass(frozen=True)
@@ -136,8 +138,31 @@ def random_mask(
     return full[:rows, :cols].reshape(shape).contiguous()
 
 
-def dlmc_folder() -> Path | None:
-    """The folder `dlmc` under the environment variable SPARSELT_DATA, if it is there."""
-    root = os.environ.get("SPARSELT_DATA", "")
-    folder = Path(root) / "dlmc"
-    return folder if root and folder.is_dir() else None
+def real_mask(layer: Layer, density: float, folder: str | Path | None = None) -> Tensor | None:
+    """The pattern that magnitude pruning gave this layer, where DLMC's files are at hand.
+
+    Args:
+        layer: of the suite "resnet50"; any other has no real pattern.
+        density: 0.2, 0.1 or 0.05: of the whole network, a layer's own differs a little.
+        folder: that holds `dlmc`; by default the environment variable SPARSELT_DATA.
+
+    Returns:
+        The mask, bool (C_out, C_in, R, S) or (M, K); None if there is no such file.
+
+    Raises:
+        TicketFileError: if the file is damaged.
+    """
+    root = folder or os.environ.get("SPARSELT_DATA", "")
+    found = re.fullmatch(r"resnet50\.(?:layer(\d)\.conv(\d)|fc)", layer.name)
+    if not root or found is None:
+        return None
+    stem = "final_dense"
+    if found[1]:
+        stem = f"bottleneck_{found[2]}_block_group{found[1]}_1_1"
+    sparsity = f"{1 - density:.2f}".rstrip("0")
+    file = Path(root) / "dlmc" / "rn50" / "magnitude_pruning" / sparsity / f"{stem}.smtx"
+    if not file.is_file():
+        return None
+    shape = (layer.rows, layer.cols) + (layer.kernel, layer.kernel) * bool(layer.kernel)
+    (mask,) = load_ticket(file, shape=shape).masks.values()
+    return mask
