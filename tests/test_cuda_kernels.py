@@ -8,7 +8,7 @@ another order. The same kernels meet a GPU in test_cuda_device.py.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
@@ -74,6 +74,16 @@ def turn(case: object, choices: int) -> int:
     return zlib.crc32(str(case).encode()) % choices
 
 
+def shared_out(op: str, cases: Sequence[SpmmCase | ConvCase]) -> list[object]:
+    """Every case for float32 kernels; a third of them for each 16-bit twin of the same source."""
+    return [
+        pytest.param(kernel, case, id=f"{kernel}-{case}")
+        for kernel in kernels(op)
+        for position, case in enumerate(cases)
+        if dtype_of(kernel) == torch.float32 or position % 3 == (dtype_of(kernel) == torch.bfloat16)
+    ]
+
+
 def packed(kernel: str, case: SpmmCase | ConvCase) -> SparseWeight:
     """The weight of a case in a kernel's format, of values that its type holds exactly."""
     _, sparse_format, _ = registered()[kernel]
@@ -111,8 +121,7 @@ def assert_close(
     )
 
 
-@pytest.mark.parametrize("kernel", kernels("spmm"))
-@pytest.mark.parametrize("case", SPMM_CASES, ids=str)
+@pytest.mark.parametrize(("kernel", "case"), shared_out("spmm", SPMM_CASES))
 def test_spmm_matches_reference(machine: Host, kernel: str, case: SpmmCase) -> None:
     weight = packed(kernel, case)
     x, bias, residual = (rounded(t, kernel) for t in (case.x(), case.bias(), case.residual()))
@@ -139,14 +148,31 @@ def test_spmm_matches_reference(machine: Host, kernel: str, case: SpmmCase) -> N
 def test_spmm_is_bitwise_the_same_in_every_order(
     machine: Host, kernel: str, columns: int, batch_major: bool
 ) -> None:
-    case = SpmmCase(40, 200, columns, density=0.25)
+    case = SpmmCase(20, 150, columns, density=0.25)
     weight, x = packed(kernel, case), rounded(case.x(), kernel)
     results = [
         machine.spmm(kernel, weight, x, batch_major=batch_major, schedule=s, offset=s)
-        for s in (0, 1, 2, 8)
+        for s in (0, 1, 8)
     ]
     assert not results[0].isnan().any()
     assert all(torch.equal(results[0], result) for result in results[1:])
+
+
+@pytest.mark.parametrize("kernel", [k for k in kernels("spmm") if registered()[k][1] == "bsr"])
+@pytest.mark.parametrize(
+    "block", [*BLOCKS, (2, 1), (12, 1), (32, 32), (40, 24), (128, 16)], ids=str
+)
+@pytest.mark.parametrize("columns", [3, 40, 136])
+def test_spmm_matches_reference_in_every_block_shape(
+    machine: Host, kernel: str, block: tuple[int, int], columns: int
+) -> None:
+    case = SpmmCase(136, 72, columns, density=0.1)
+    weight, mask = case.dense()
+    weight = pack(rounded(weight, kernel), mask, "bsr", block)
+    x = rounded(case.x(), kernel)
+    batch_major = bool(turn((block, columns, kernel), 2))
+    y = machine.spmm(kernel, weight, x, batch_major=batch_major, schedule=columns % 3)
+    assert_close((kernel, block, str(case)), y, reference.spmm, weight, x)
 
 
 @pytest.mark.parametrize("kernel", kernels("spmm"))
@@ -180,8 +206,7 @@ def test_nan_survives_the_clamp(machine: Host, kernel: str) -> None:
     assert machine.spmm(kernel, weight, x, lower=0.0, upper=1.0).isnan().all()
 
 
-@pytest.mark.parametrize("kernel", kernels("conv2d"))
-@pytest.mark.parametrize("case", CONV_CASES, ids=str)
+@pytest.mark.parametrize(("kernel", "case"), shared_out("conv2d", CONV_CASES))
 def test_conv2d_matches_reference(machine: Host, kernel: str, case: ConvCase) -> None:
     weight = packed(kernel, case)
     x, bias, residual = (rounded(t, kernel) for t in (case.x(), case.bias(), case.residual()))
@@ -211,7 +236,7 @@ def test_conv2d_is_bitwise_the_same_in_every_order(machine: Host, kernel: str) -
     weight, x = packed(kernel, case), rounded(case.x(), kernel)
     results = [
         machine.conv2d(kernel, weight, x, out_size=case.out_size(), schedule=s, **case.options())
-        for s in (0, 1, 2, 8)
+        for s in (0, 1, 8)
     ]
     assert not results[0].isnan().any()
     assert all(torch.equal(results[0], result) for result in results[1:])

@@ -54,7 +54,7 @@ __global__ void __launch_bounds__(kWindowThreads, 2)
                      tile % tiles_across * tiling.columns);
   __syncthreads();
   float sums[kWarpRows][kLanePixels] = {};
-  multiply_windows<1>(CompressedRows<T>(conv.weight), first_row, end_row, window, staging, sums);
+  multiply_windows(CompressedRows<1, T>(conv.weight), first_row, end_row, window, staging, sums);
 
   const int64_t row = first_row + static_cast<int>(threadIdx.x) / kWarpSize * kWarpRows;
 #pragma unroll

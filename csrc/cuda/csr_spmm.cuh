@@ -25,38 +25,11 @@
 // row instead.
 #pragma once
 
-#include "cuda/matrix_window.cuh"
+#include "cuda/spmm_windows.cuh"
 
 namespace sparselt::cuda {
 
-constexpr int kFewColumns = 4;      // up to which a warp works on a single row
-constexpr int kNarrowColumns = 32;  // up to which a lane keeps a single column
-constexpr int kWideLane = 4;        // columns a lane keeps otherwise
-
-template <class Window>
-constexpr size_t window_shared_bytes() {
-  return 2 * Window::kWindowBytes + kWarps * sizeof(Staged<1>);
-}
-
-template <class T, int kColumns, bool kBatchMajor>
-__global__ void __launch_bounds__(kWindowThreads, 2)
-    csr_spmm_windows(const __grid_constant__ SpmmCall call) {
-  using Window = MatrixWindow<T, kColumns, kBatchMajor>;
-  const int64_t row_tiles = ceil_div(call.weight.rows, kTileRows);
-  const int64_t column_tiles = ceil_div(call.columns, Window::kTileColumns);
-  const int64_t tile = blockIdx.x;
-  const int64_t first_row = tile % row_tiles * kTileRows;
-  const int64_t first_column = tile / row_tiles % column_tiles * Window::kTileColumns;
-  const int64_t batch = tile / row_tiles / column_tiles;
-
-  unsigned char* shared = shared_memory();
-  auto* staging = reinterpret_cast<Staged<1>*>(shared + 2 * Window::kWindowBytes);
-  const Window window(call, first_column, batch, shared);
-  float sums[kWarpRows][kColumns] = {};
-  multiply_windows<1>(CompressedRows<T>(call.weight), static_cast<int>(first_row),
-                      static_cast<int>(call.weight.rows), window, staging, sums);
-  store_tile<T, kColumns, kBatchMajor>(call, first_row, first_column, batch, sums);
-}
+constexpr int kFewColumns = 4;  // up to which a warp works on a single row
 
 // Rows a block, one a warp.
 constexpr int kDotWarps = 8;
@@ -64,7 +37,7 @@ constexpr int kDotWarps = 8;
 template <class T>
 __global__ void __launch_bounds__(kDotWarps* kWarpSize)
     csr_spmm_dots(const __grid_constant__ SpmmCall call) {
-  const CompressedRows<T> weight(call.weight);
+  const CompressedRows<1, T> weight(call.weight);
   const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
   const int64_t row_tiles = ceil_div(call.weight.rows, kDotWarps);
   const int64_t row = blockIdx.x % row_tiles * kDotWarps + threadIdx.x / kWarpSize;
@@ -97,28 +70,11 @@ __global__ void __launch_bounds__(kDotWarps* kWarpSize)
   }
 }
 
-template <class T, int kColumns, bool kBatchMajor>
-cudaError_t launch_csr_spmm_windows(const SpmmCall& call, cudaStream_t stream) {
-  using Window = MatrixWindow<T, kColumns, kBatchMajor>;
-  const int64_t tiles =
-      ceil_div(call.weight.rows, kTileRows) * ceil_div(call.columns, Window::kTileColumns);
-  return launch(csr_spmm_windows<T, kColumns, kBatchMajor>, tiles * call.batch, kWindowThreads,
-                window_shared_bytes<Window>(), stream, call);
-}
-
 template <class T>
 cudaError_t csr_spmm(const SpmmCall& call, cudaStream_t stream) {
-  if (call.columns <= kFewColumns) {
-    const int64_t tiles = call.columns > 0 ? ceil_div(call.weight.rows, kDotWarps) : 0;
-    return launch(csr_spmm_dots<T>, tiles * call.batch, kDotWarps * kWarpSize, 0, stream, call);
-  }
-  const bool batch_major = call.x_column != 1 || call.y_column != 1;
-  if (call.columns <= kNarrowColumns) {
-    return batch_major ? launch_csr_spmm_windows<T, 1, true>(call, stream)
-                       : launch_csr_spmm_windows<T, 1, false>(call, stream);
-  }
-  return batch_major ? launch_csr_spmm_windows<T, kWideLane, true>(call, stream)
-                     : launch_csr_spmm_windows<T, kWideLane, false>(call, stream);
+  if (call.columns > kFewColumns) return spmm_windows<T, 1>(call, stream);
+  const int64_t tiles = call.columns > 0 ? ceil_div(call.weight.rows, kDotWarps) : 0;
+  return launch(csr_spmm_dots<T>, tiles * call.batch, kDotWarps * kWarpSize, 0, stream, call);
 }
 
 }  // namespace sparselt::cuda

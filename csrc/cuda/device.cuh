@@ -157,6 +157,17 @@ __device__ __forceinline__ void store_vector(T* to, const float (&from)[kCount])
   *reinterpret_cast<Vector<T, kCount>*>(to) = vector;
 }
 
+// The same, with one access only where the address allows it.
+template <class T, int kCount>
+__device__ __forceinline__ void load_vector_or_each(float (&to)[kCount], const T* from) {
+  if (reinterpret_cast<uintptr_t>(from) % sizeof(Vector<T, kCount>) == 0) {
+    load_vector(to, from);
+  } else {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) to[i] = to_float(from[i]);
+  }
+}
+
 // Whether every element group of `bytes` that starts at a multiple of `stride` elements from
 // `pointer` is aligned to it.
 template <class T>

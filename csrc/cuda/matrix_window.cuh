@@ -106,47 +106,56 @@ struct MatrixWindow {
   }
 };
 
-// Writes the sums of the calling warp, whose rows are first_row + 8 * warp and on and whose columns
-// are first_column and on.
-template <class T, int kColumns, bool kBatchMajor>
-__device__ __forceinline__ void store_tile(const SpmmCall& call, int64_t first_row,
-                                           int64_t first_column, int64_t batch,
-                                           const float (&sums)[kWarpRows][kColumns]) {
-  const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
-  const int64_t row = first_row + static_cast<int>(threadIdx.x) / kWarpSize * kWarpRows;
-  const int64_t column = first_column + lane * kColumns;
+// Writes the sums of rows row .. row + kRows - 1 (those before end_row) and, in each lane,
+// kColumns columns from `column` on (those that exist).
+template <class T, bool kBatchMajor, int kRows, int kColumns>
+__device__ __forceinline__ void store_sums(const SpmmCall& call, int64_t row, int64_t end_row,
+                                           int64_t column, int64_t batch,
+                                           const float (&sums)[kRows][kColumns]) {
   T* y = static_cast<T*>(call.y);
   const int64_t start = batch * call.y_batch + row * call.y_row + column * call.y_column;
-  const bool whole = row + kWarpRows <= call.weight.rows && column + kColumns <= call.columns;
+  const bool whole = row + kRows <= end_row && column + kColumns <= call.columns;
   // Elements that lie next to each other in y and are written together.
-  constexpr int kRun = kBatchMajor ? 16 / static_cast<int>(sizeof(T)) : kColumns;
+  constexpr int kMost = 16 / static_cast<int>(sizeof(T));
+  constexpr int kRun = !kBatchMajor ? kColumns : kRows < kMost ? kRows : kMost;
   if (whole &&
       is_aligned<T>(y + start, kBatchMajor ? call.y_column : call.y_row, kRun * sizeof(T))) {
 #pragma unroll
-    for (int i = 0; i < kWarpRows * kColumns; i += kRun) {
+    for (int i = 0; i < kRows * kColumns; i += kRun) {
       float run[kRun];
 #pragma unroll
       for (int j = 0; j < kRun; ++j) {
-        const int r = kBatchMajor ? (i + j) % kWarpRows : (i + j) / kColumns;
-        const int c = kBatchMajor ? (i + j) / kWarpRows : (i + j) % kColumns;
+        const int r = kBatchMajor ? (i + j) % kRows : (i + j) / kColumns;
+        const int c = kBatchMajor ? (i + j) / kRows : (i + j) % kColumns;
         run[j] = finish<T>(call.epilogue, sums[r][c], row + r,
                            start + r * call.y_row + c * call.y_column);
       }
-      const int r = kBatchMajor ? i % kWarpRows : i / kColumns;
-      const int c = kBatchMajor ? i / kWarpRows : i % kColumns;
+      const int r = kBatchMajor ? i % kRows : i / kColumns;
+      const int c = kBatchMajor ? i / kRows : i % kColumns;
       store_vector(y + start + r * call.y_row + c * call.y_column, run);
     }
     return;
   }
 #pragma unroll
-  for (int r = 0; r < kWarpRows; ++r) {
+  for (int r = 0; r < kRows; ++r) {
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) {
-      if (row + r >= call.weight.rows || column + c >= call.columns) continue;
+      if (row + r >= end_row || column + c >= call.columns) continue;
       const int64_t index = start + r * call.y_row + c * call.y_column;
       y[index] = from_float<T>(finish<T>(call.epilogue, sums[r][c], row + r, index));
     }
   }
+}
+
+// The same for the sums that a warp gets from multiply_windows in a tile of x and W.
+template <class T, bool kBatchMajor, int kColumns>
+__device__ __forceinline__ void store_tile(const SpmmCall& call, int64_t first_row,
+                                           int64_t first_column, int64_t batch,
+                                           const float (&sums)[kWarpRows][kColumns]) {
+  const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
+  const int64_t row = first_row + static_cast<int>(threadIdx.x) / kWarpSize * kWarpRows;
+  store_sums<T, kBatchMajor>(call, row, call.weight.rows, first_column + lane * kColumns, batch,
+                             sums);
 }
 
 }  // namespace sparselt::cuda

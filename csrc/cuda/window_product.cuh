@@ -34,16 +34,27 @@ constexpr int kWindowThreads = kWarps * kWarpSize;  // a block
 constexpr int kWarpRows = 8;                        // rows of W whose sums a warp keeps
 constexpr int kTileRows = kWarps * kWarpRows;       // rows of W a block
 
-// Compressed rows of blocks with kBlockRows rows and one column: CSR where kBlockRows is 1.
-template <class T>
+// Compressed rows of blocks of one column, seen as slices of kBlockRows rows each: slice i is rows
+// kBlockRows * i and on, of block row i / slices. CSR where kBlockRows is 1 and there is one slice.
+template <int kBlockRows, class T>
 struct CompressedRows {
   const int32_t* crow_indices;
   const int32_t* col_indices;
   const T* values;
-  explicit __host__ __device__ CompressedRows(const Weight& weight)
+  int block_rows;
+  int slices;  // a block
+
+  explicit __device__ CompressedRows(const Weight& weight)
       : crow_indices(static_cast<const int32_t*>(weight.parts[0])),
         col_indices(static_cast<const int32_t*>(weight.parts[1])),
-        values(static_cast<const T*>(weight.parts[2])) {}
+        values(static_cast<const T*>(weight.parts[2])),
+        block_rows(static_cast<int>(weight.block_rows)),
+        slices(block_rows / kBlockRows) {}
+
+  __device__ const T* weights(int slice, int position) const {
+    const T* block = values + static_cast<int64_t>(position) * block_rows;
+    return slices == 1 ? block : block + slice % slices * kBlockRows;
+  }
 };
 
 // Up to 32 entries of a row that a warp has fetched, in shared memory: where in the window their x
@@ -103,12 +114,12 @@ struct Fetched {
 };
 
 template <int kBlockRows, class T>
-__device__ __forceinline__ Fetched<kBlockRows> fetch(const CompressedRows<T>& weight, int position,
-                                                     int end) {
+__device__ __forceinline__ Fetched<kBlockRows> fetch(const CompressedRows<kBlockRows, T>& weight,
+                                                     int slice, int position, int end) {
   Fetched<kBlockRows> entry;
   if (position < end) {
     entry.column = __ldg(weight.col_indices + position);
-    load_vector(entry.weight, weight.values + static_cast<int64_t>(position) * kBlockRows);
+    load_vector_or_each(entry.weight, weight.weights(slice, position));
   } else {
     entry.column = INT32_MAX;  // beyond every window
 #pragma unroll
@@ -136,35 +147,36 @@ __device__ __forceinline__ void multiply_entries(const Staged<kBlockRows>& stage
   }
 }
 
-// Adds to `sums` the products of this warp's kWarpRows rows, which are rows of blocks first_row /
-// kBlockRows and on, of which only those before end_block exist. `staging` is
+// Adds to `sums` the products of this warp's kWarpRows rows, which are kWarpRows / kBlockRows
+// slices of the tile that starts at first_slice; only slices before end_slice exist. `staging` is
 // Staged<kBlockRows>[kWarps] in shared memory. The window offers
-//   count(), end(w)          how many windows there are, and the first column after window w
-//   stage(w)                 starts copying window w into buffer w % 2; all threads of the block
-//   take part offset(w, column)        what read() needs to find the row of x of a column of window
-//   w read(offset, x)          this lane's kColumns elements of that row
+//   count(), end(w)     how many windows there are, and the first column after window w
+//   stage(w)            starts copying window w into buffer w % 2; all threads of the block take
+//   part offset(w, column)   what read() needs to find the row of x of a column of window w
+//   read(offset, x)     this lane's kColumns elements of that row
 template <int kBlockRows, class T, class Window, int kColumns>
-__device__ __forceinline__ void multiply_windows(const CompressedRows<T>& weight, int first_block,
-                                                 int end_block, const Window& window,
-                                                 Staged<kBlockRows>* staging,
+__device__ __forceinline__ void multiply_windows(const CompressedRows<kBlockRows, T>& weight,
+                                                 int first_slice, int end_slice,
+                                                 const Window& window, Staged<kBlockRows>* staging,
                                                  float (&sums)[kWarpRows][kColumns]) {
-  static_assert(kWarpRows % kBlockRows == 0, "a warp keeps whole blocks");
-  constexpr int kBlocks = kWarpRows / kBlockRows;
+  static_assert(kWarpRows % kBlockRows == 0, "a warp keeps whole slices");
+  constexpr int kSlices = kWarpRows / kBlockRows;
   const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
   const int warp = static_cast<int>(threadIdx.x) / kWarpSize;
   Staged<kBlockRows>& staged = staging[warp];
 
-  // Lane b keeps how far the warp's b-th block row has been read, and where it ends.
+  // Lane b keeps how far the warp's b-th slice has been read, and where it ends.
   int cursor = 0;
   int end = 0;
-  const int block = first_block + warp * kBlocks + lane;
-  if (lane < kBlocks && block < end_block) {
-    cursor = weight.crow_indices[block];
-    end = weight.crow_indices[block + 1];
+  first_slice += warp * kSlices;
+  if (lane < kSlices && first_slice + lane < end_slice) {
+    const int block_row = (first_slice + lane) / weight.slices;
+    cursor = weight.crow_indices[block_row];
+    end = weight.crow_indices[block_row + 1];
   }
 
-  Fetched<kBlockRows> next = fetch<kBlockRows>(weight, __shfl_sync(kFullWarp, cursor, 0) + lane,
-                                               __shfl_sync(kFullWarp, end, 0));
+  Fetched<kBlockRows> next = fetch(weight, first_slice, __shfl_sync(kFullWarp, cursor, 0) + lane,
+                                   __shfl_sync(kFullWarp, end, 0));
   const int windows = window.count();
   if (windows > 0) window.stage(0);
   copy_commit();
@@ -174,7 +186,7 @@ __device__ __forceinline__ void multiply_windows(const CompressedRows<T>& weight
     if (w + 1 < windows) window.stage(w + 1);
     copy_commit();
 #pragma unroll
-    for (int b = 0; b < kBlocks; ++b) {
+    for (int b = 0; b < kSlices; ++b) {
       int position = __shfl_sync(kFullWarp, cursor, b);
       bool more = true;  // this row may have more entries in the window than a warp can look at
       while (more) {
@@ -187,9 +199,10 @@ __device__ __forceinline__ void multiply_windows(const CompressedRows<T>& weight
 
         // What is read next is fetched now: the rest of this row, or the next row; after the last,
         // the first once more.
-        const int following = more ? b : (b + 1) % kBlocks;
-        next = fetch<kBlockRows>(weight, __shfl_sync(kFullWarp, cursor, following) + lane,
-                                 __shfl_sync(kFullWarp, end, following));
+        const int following = more ? b : (b + 1) % kSlices;
+        next =
+            fetch(weight, first_slice + following, __shfl_sync(kFullWarp, cursor, following) + lane,
+                  __shfl_sync(kFullWarp, end, following));
         __syncwarp();
         int i = 0;
 #pragma unroll 1  // more entries at once would not fit the registers

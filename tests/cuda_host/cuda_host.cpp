@@ -2,7 +2,6 @@
 #include "cuda_host.h"
 
 #include <sys/mman.h>
-#include <ucontext.h>
 
 #include <algorithm>
 #include <cstdio>
@@ -11,15 +10,12 @@
 #include <random>
 #include <vector>
 
-#if defined(__SANITIZE_ADDRESS__)
-#include <sanitizer/common_interface_defs.h>
-#endif
+#include "fiber.h"
 
 namespace cuda_host {
 namespace {
 
-// Small, since the address sanitizer clears a stack's whole shadow at every switch; a page below it
-// that nobody may touch tells when it is too small.
+// A page below each stack that nobody may touch tells when it is too small.
 constexpr size_t kStackBytes = 32 * 1024;
 constexpr size_t kPageBytes = 64 * 1024;
 constexpr size_t kSlotBytes = 64;
@@ -37,7 +33,7 @@ struct Copy {
 };
 
 struct Fiber {
-  ucontext_t context;
+  Context context;
   void* stack = nullptr;
   void* fake_stack = nullptr;
   State state = State::kDone;
@@ -65,7 +61,7 @@ struct Block {
 };
 
 Block block;
-ucontext_t scheduler;
+Context scheduler;
 void* scheduler_fake_stack = nullptr;
 const void* scheduler_stack = nullptr;
 size_t scheduler_stack_bytes = 0;
@@ -73,27 +69,12 @@ unsigned schedule = 0;
 
 Fiber& self() { return block.fibers[static_cast<size_t>(block.current)]; }
 
-void before_switch(void** fake_stack, const void* stack, size_t bytes) {
-#if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_start_switch_fiber(fake_stack, stack, bytes);
-#else
-  (void)fake_stack, (void)stack, (void)bytes;
-#endif
-}
-void after_switch(void* fake_stack, const void** stack, size_t* bytes) {
-#if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_finish_switch_fiber(fake_stack, stack, bytes);
-#else
-  (void)fake_stack, (void)stack, (void)bytes;
-#endif
-}
-
 void yield_as(State state) {
   Fiber& fiber = self();
   fiber.state = state;
   before_switch(state == State::kDone ? nullptr : &fiber.fake_stack, scheduler_stack,
                 scheduler_stack_bytes);
-  swapcontext(&fiber.context, &scheduler);
+  switch_context(fiber.context, scheduler);
   after_switch(fiber.fake_stack, &scheduler_stack, &scheduler_stack_bytes);
 }
 
@@ -111,7 +92,7 @@ void resume(int thread) {
   block.current = thread;
   Fiber& fiber = self();
   before_switch(&scheduler_fake_stack, fiber.stack, kStackBytes);
-  swapcontext(&scheduler, &fiber.context);
+  switch_context(scheduler, fiber.context);
   after_switch(scheduler_fake_stack, nullptr, nullptr);
 }
 
@@ -124,11 +105,8 @@ void prepare(Fiber& fiber) {
     if (mprotect(fiber.stack, kStackBytes, PROT_READ | PROT_WRITE) != 0)
       fail("no memory for a thread's stack");
   }
-  getcontext(&fiber.context);
-  fiber.context.uc_stack.ss_sp = fiber.stack;
-  fiber.context.uc_stack.ss_size = kStackBytes;
-  fiber.context.uc_link = nullptr;
-  makecontext(&fiber.context, enter, 0);
+  forget_stack(fiber.stack, kStackBytes);
+  make_context(fiber.context, fiber.stack, kStackBytes, enter);
   fiber.state = State::kReady;
   fiber.steps = 0;
   fiber.issued.clear();
@@ -182,6 +160,7 @@ cudaError_t run(int64_t blocks, int threads, size_t shared_bytes,
     return cudaErrorInvalidConfiguration;
   if (shared_bytes > kSharedLimit) return cudaErrorInvalidValue;
   for (size_t i = static_cast<size_t>(threads); i < block.fibers.size(); ++i) {
+    if (block.fibers[i].stack == nullptr) continue;
     munmap(static_cast<unsigned char*>(block.fibers[i].stack) - kPageBytes,
            kPageBytes + kStackBytes);
   }

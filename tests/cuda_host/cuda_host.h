@@ -126,6 +126,7 @@ inline unsigned __ballot_sync(unsigned mask, bool vote) {
   return votes;
 }
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
+inline int __ffs(int bits) { return __builtin_ffs(bits); }
 template <class T>
 T __ldg(const T* from) {
   return *from;
