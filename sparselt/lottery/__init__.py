@@ -6,6 +6,7 @@ from __future__ import annotations
 from sparselt.lottery.controls import CONTROLS
 from sparselt.lottery.criteria import CRITERIA
 from sparselt.lottery.data import DATASETS, Data, load_data
+from sparselt.lottery.download import download_data
 from sparselt.lottery.experiment import Experiment, run_experiment
 from sparselt.lottery.networks import NETWORKS
 from sparselt.lottery.recipe import Recipe
@@ -36,6 +37,7 @@ __all__ = [
     "Step",
     "Training",
     "best_level",
+    "download_data",
     "evaluate",
     "find_ticket",
     "load_data",

@@ -213,8 +213,8 @@ def _read_plain_or_gzip(path: Path) -> bytes:
     if not packed.is_file():
         raise DataError(
             f"expected the data file {packed} (or the same without .gz), which does not exist; "
-            "put the standard "
-            "file there, or set SPARSELT_DATA to the folder above"
+            "put the standard file there, set SPARSELT_DATA to the folder that holds "
+            f"{path.parent.name}, or fetch it with sparselt.lottery.download_data"
         )
     try:
         with gzip.open(packed) as file:
@@ -230,8 +230,8 @@ def _cifar_batch(path: Path) -> tuple[Tensor, Tensor]:
     if not path.is_file():
         raise DataError(
             f"expected the data file {path}, which does not exist; unpack cifar-10-binary.tar.gz "
-            "there, or set "
-            "SPARSELT_DATA to the folder above"
+            f"there, set SPARSELT_DATA to the folder that holds {path.parent.name}, or fetch it "
+            "with sparselt.lottery.download_data"
         )
     raw = np.fromfile(path, np.uint8)
     if not raw.size or raw.size % 3073:
