@@ -65,10 +65,67 @@ struct Conv2dCall {
   Epilogue epilogue;
 };
 
-// `rows` counts stored (block) rows; `columns` matrix columns; `pixels` flat pixels as above.
+// Sliced ELL with column blocks (SELL): CSR cut into blocks of `block_cols` columns, within which
+// rows are sorted by their number of stored values and grouped into slices of `slice_height`; the
+// values of a slice lie step by step, one of each row, short rows filled up with zeros of column
+// block_cols, which no x has. Rows are also cut into sections, for threads to share; slices never
+// cross them. In its first and last block every row has a slice, in the others only rows with
+// values.
+struct SellView {
+  const int32_t* block_slices;  // num_sections * num_blocks + 1: the first slice of block b of
+                                // section s, at s * num_blocks + b
+  const int32_t* slice_steps;   // a slice each, + 1: its first step
+  const int32_t* slice_rows;    // slice_height a slice: the row, or -1 for none
+  const uint16_t* columns;      // slice_height a step: column within its block
+  const float* values;          // slice_height a step
+  int64_t rows;
+  int64_t cols;
+  int64_t slice_height;
+  int64_t block_cols;
+  int64_t num_blocks;
+  int64_t num_sections;
+};
+
+// Lanes of a panel's vector of 16: the lanes in `mask` lie at base + offset + lane.
+struct Piece {
+  int32_t offset;
+  uint16_t vector;
+  uint16_t mask;
+};
+
+// What a panel of up to kMaxPanelVectors * 16 output columns (or pixels) reads and writes. Column k
+// of the weight is tap k % taps of channel k / taps, and meets the values at x + (k / taps) *
+// channel_stride plus the tap's pieces; lanes in no piece are zero (padding, or beyond the last
+// column). ops/panels.h makes these.
+struct Panel {
+  const float* x;
+  int64_t channel_stride;
+  int64_t taps;
+  int vectors;
+  const Piece* loads;        // `vectors` pieces a tap, one for each vector in order
+  const Piece* extra_loads;  // further pieces of vectors that one piece does not cover
+  const int32_t* tap_extra;  // taps + 1: the tap's first extra piece
+  float* y;  // row m of the weight goes to y + m * y_stride plus the pieces of `stores`
+  int64_t y_stride;
+  const Piece* stores;
+  int num_stores;  // as many as vectors where the panel is one stretch of memory
+};
+
+struct PanelCall {
+  SellView weight;
+  Panel panel;
+  Epilogue epilogue;
+  float* x_block;  // scratch: (block_cols + 1) * vectors * 16 floats, aligned to 64 bytes
+  float* sums;     // scratch: rows * vectors * 16 floats, aligned to 64 bytes
+};
+
+// `rows` counts stored (block) rows; `columns` matrix columns; `pixels` flat pixels as above;
+// `sections` those of SELL.
+using PanelKernel = void (*)(const PanelCall& call, Range sections);
 using SpmmKernel = void (*)(const SpmmCall& call, Range rows, Range columns);
 using Conv2dKernel = void (*)(const Conv2dCall& call, Range rows, Range pixels);
 
+#define KERNEL_SIGNATURE_panel const PanelCall &call, Range sections
 #define KERNEL_SIGNATURE_spmm const SpmmCall &call, Range rows, Range columns
 #define KERNEL_SIGNATURE_conv2d const Conv2dCall &call, Range rows, Range pixels
 #define KERNEL_DECLARE_cpu(name, op) void name(KERNEL_SIGNATURE_##op);
@@ -82,5 +139,6 @@ namespace cpu {
 #undef KERNEL_DECLARE_cpu
 #undef KERNEL_SIGNATURE_conv2d
 #undef KERNEL_SIGNATURE_spmm
+#undef KERNEL_SIGNATURE_panel
 
 }  // namespace sparselt

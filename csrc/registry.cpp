@@ -6,20 +6,22 @@
 namespace sparselt {
 namespace {
 
-// Names the op once: a kernel's signature decides which of the two pointers it fills.
+// Names the op once: a kernel's signature decides which of the pointers it fills.
 struct KernelFunction {
   SpmmKernel spmm = nullptr;
+  PanelKernel panel = nullptr;
   Conv2dKernel conv2d = nullptr;
   KernelFunction() = default;
   explicit KernelFunction(SpmmKernel function) : spmm(function) {}
+  explicit KernelFunction(PanelKernel function) : panel(function) {}
   explicit KernelFunction(Conv2dKernel function) : conv2d(function) {}
 };
 
 KernelInfo make_info(std::string_view name, std::string_view op, std::string_view format,
                      std::string_view device, Isa isa, int tile_rows, int tile_columns,
                      std::string_view dtype, KernelFunction function) {
-  return {name,      op,           format, device,        isa,
-          tile_rows, tile_columns, dtype,  function.spmm, function.conv2d};
+  return {name,         op,    format,        device,          isa,           tile_rows,
+          tile_columns, dtype, function.spmm, function.conv2d, function.panel};
 }
 
 // A kernel for another architecture, or for CUDA, is listed here but not built into this module.
@@ -63,23 +65,30 @@ std::string why_unusable(const KernelInfo& kernel) {
   return why_unsupported(kernel.isa);
 }
 
-const KernelInfo& find_kernel(std::string_view name, std::string_view op, std::string_view format) {
+const KernelInfo& find_kernel(std::string_view name, std::string_view op, std::string_view format,
+                              int64_t block_rows) {
   std::string usable;
+  const auto serves = [&](const KernelInfo& kernel) {
+    if (kernel.format != format || kernel.device != "cpu") return false;
+    if (kernel.op != "panel") return kernel.op == op;
+    return kernel.tile_rows == 1 || kernel.tile_rows == block_rows;
+  };
   for (const KernelInfo& kernel : kTable) {
-    if (kernel.op != op || kernel.format != format || kernel.device != "cpu") continue;
+    if (!serves(kernel)) continue;
     if (!name.empty() && kernel.name != name) continue;
     const std::string reason = why_unusable(kernel);
     if (reason.empty()) return kernel;
     if (!name.empty()) throw std::runtime_error(std::string(name) + " cannot run here: " + reason);
   }
   for (const KernelInfo& kernel : kTable) {
-    if (kernel.op == op && kernel.format == format && why_unusable(kernel).empty()) {
+    if (serves(kernel) && why_unusable(kernel).empty()) {
       usable.append(usable.empty() ? "" : ", ").append(kernel.name);
     }
   }
-  throw std::runtime_error(
-      "kernel: expected one for " + std::string(op) + " on format " + std::string(format) + " (" +
-      (usable.empty() ? "none is usable here" : usable) + "), got '" + std::string(name) + "'");
+  throw std::runtime_error("kernel: expected one for " + std::string(op) + " on format " +
+                           std::string(format) + " with blocks of " + std::to_string(block_rows) +
+                           " rows (" + (usable.empty() ? "none is usable here" : usable) +
+                           "), got '" + std::string(name) + "'");
 }
 
 }  // namespace sparselt

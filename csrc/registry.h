@@ -23,6 +23,7 @@ struct KernelInfo {
   std::string_view dtype;
   SpmmKernel spmm;      // null unless op is "spmm" and device is "cpu"
   Conv2dKernel conv2d;  // null unless op is "conv2d" and device is "cpu"
+  PanelKernel panel;    // null unless op is "panel" (serves spmm and conv2d) and device is "cpu"
 };
 
 // In the order of kernels.inc.
@@ -32,7 +33,9 @@ std::span<const KernelInfo> kernels();
 std::string why_unusable(const KernelInfo& kernel);
 
 // The kernel called `name`, or with an empty name the first usable one, for an operation on a
-// format on the CPU. Throws with the names that would do.
-const KernelInfo& find_kernel(std::string_view name, std::string_view op, std::string_view format);
+// format on the CPU, with blocks (SELL: slices) of `block_rows` rows. Throws with the names that
+// would do.
+const KernelInfo& find_kernel(std::string_view name, std::string_view op, std::string_view format,
+                              int64_t block_rows);
 
 }  // namespace sparselt

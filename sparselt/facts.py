@@ -62,7 +62,7 @@ def sparse_plan(facts: Facts, format: str, kernel: str = "") -> Plan:
 
     Args:
         facts: of the layer.
-        format: "auto", "csr" or "bsr".
+        format: "auto", "csr", "bsr" or "sell".
         kernel: name of the kernel that must run; empty for the first that applies, or for the one
             that SPARSELT_KERNEL names if it serves the operation.
 
@@ -89,8 +89,7 @@ def sparse_plan(facts: Facts, format: str, kernel: str = "") -> Plan:
     for item in considered:
         if item.applies and item.format == format:
             reason = f"{item.kernel}: a sparse layer was asked for"
-            block = facts.block if format == "bsr" else (1, 1)
-            return Plan(item.kernel, format, reason, tuple(considered), block=block)
+            return Plan(item.kernel, format, reason, tuple(considered), block=item.block)
     refusals = "; ".join(f"{c.kernel}: {c.verdict}" for c in considered)
     raise KernelError(f"no {format} kernel fits a {facts.op} layer here ({refusals})")
 

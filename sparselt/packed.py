@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from sparselt.errors import FormatError, ShapeError, SparseltError, explain_mismatch
-from sparselt.formats import FORMATS, SparseWeight, pack
+from sparselt.formats import FORMATS, SELL, SparseWeight, pack
 
 __all__ = ["PackedWeight", "accept_packed_keys", "pack_dense_key", "zero_block"]
 
@@ -149,6 +149,16 @@ class PackedWeight(nn.Module):
         args, kwargs = pytree.tree_map(dense, (tuple(args), dict(kwargs or {})))
         return func(*args, **kwargs)
 
+    def _save_to_state_dict(
+        self, destination: MutableMapping[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        """Saves what any CPU can read: a kernel's own layout goes as compressed rows."""
+        saved = _portable(self.packed()) if self.format == "sell" else self
+        parts = saved.parts()
+        names = FORMATS["csr"].part_names if self.format == "sell" else tuple(self._buffers)
+        for name, part in zip(names, parts, strict=True):
+            destination[prefix + name] = part
+
     def _load_from_state_dict(
         self,
         state_dict: Mapping[str, Any],
@@ -160,7 +170,8 @@ class PackedWeight(nn.Module):
         error_msgs: list[str],
     ) -> None:
         """Adopts the parts found, whatever their number of values, after checking every index."""
-        absent = [prefix + name for name in self._buffers if prefix + name not in state_dict]
+        names = FORMATS["csr" if self.format == "sell" else self.format].part_names
+        absent = [prefix + name for name in names if prefix + name not in state_dict]
         if absent:
             missing_keys.extend(absent if strict else [])
             return
@@ -178,6 +189,10 @@ class PackedWeight(nn.Module):
             # A state dict shares memory with the model it came from; this module must not.
             copied = part.clone()
             self._buffers[name] = copied.to(dtype) if copied.is_floating_point() else copied
+
+
+def _portable(packed: SparseWeight) -> SparseWeight:
+    return packed.to_csr() if isinstance(packed, SELL) else packed
 
 
 def _repack(dense: Tensor, mask: Tensor | None, like: PackedWeight) -> SparseWeight:
@@ -214,7 +229,7 @@ def pack_dense_key(weight: PackedWeight, state_dict: MutableMapping[str, Any], p
         return
     if tuple(dense.shape) != weight.shape:
         raise ShapeError(explain_mismatch("weight", weight.shape, tuple(dense.shape)))
-    packed = _repack(dense.detach().float(), None, weight)
+    packed = _portable(_repack(dense.detach().float(), None, weight))
     del state_dict[prefix + "weight"]
     for name, part in zip(packed.part_names, packed.parts(), strict=True):
         state_dict[f"{prefix}weight.{name}"] = part

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from sparselt.errors import KernelError, OptionError
 
@@ -26,7 +26,7 @@ __all__ = [
 ]
 
 DENSE = "dense"
-FORMAT_CHOICES = ("auto", "csr", "bsr", DENSE)
+FORMAT_CHOICES = ("auto", "csr", "bsr", "sell", DENSE)
 
 # Which kernels of the registry serve an operation: linear is spmm, conv1d is conv2d with H = 1.
 _KERNEL_OP = {"spmm": "spmm", "linear": "spmm", "conv1d": "conv2d", "conv2d": "conv2d"}
@@ -34,9 +34,17 @@ _KERNEL_OP = {"spmm": "spmm", "linear": "spmm", "conv1d": "conv2d", "conv2d": "c
 # Density below which a kernel is expected to beat dense, where nobody measured: the AVX2 kernels
 # break even with oneDNN on AVX-512 at 0.2 to 0.5, one thread, unit strides, ResNet-50's shapes.
 # Cautious on purpose: a wrong guess costs speed, and example inputs replace it by a measurement.
-_PAYS_BELOW = {"csr": 0.20, "bsr": 0.40}
+_PAYS_BELOW = {"csr": 0.20, "bsr": 0.40, "sell": 0.30}
 _PAYS_BELOW_SCALAR = 0.05
 _PAYS_BELOW_ONE_COLUMN = 0.15
+
+# Columns of a SELL block: 128 rows of x, one panel wide, fill 2/3 of a 48 KiB first-level cache and
+# all of a 32 KiB one; where few weights are kept, fewer and larger blocks pay off, since each costs
+# a pass over the sums.
+_BLOCK_COLS = 128
+_SPARSE_BLOCK_COLS = 192
+_SPARSE_BELOW = 0.08
+_ANY_HEIGHT = 4  # slice height for a kernel that takes any
 
 # A dot product shorter than this (a depthwise filter, a 3-channel first convolution) leaves a
 # sparse kernel too little to skip.
@@ -49,11 +57,11 @@ class KernelInfo:
 
     Attributes:
         name: the kernel's one name, for example "csr_spmm_avx2".
-        op: "spmm" or "conv2d".
+        op: "spmm", "conv2d", or "panel" for a kernel that serves both.
         format: the weight format it reads, a key of `sparselt.formats.FORMATS`.
         device: "cpu" or "cuda".
         features: CPU features it needs.
-        tile_rows: output rows computed together.
+        tile_rows: output rows computed together; of a panel kernel, the slice height it reads.
         tile_columns: columns (pixels, batch items) computed together.
         dtype: the element type of values and activations, for example "float32".
         usable: whether it was built and can run here.
@@ -70,6 +78,16 @@ class KernelInfo:
     dtype: str
     usable: bool
     reason: str = ""
+
+    @property
+    def operations(self) -> tuple[str, ...]:
+        """The operations it serves: "spmm", "conv2d"."""
+        return ("spmm", "conv2d") if self.op == "panel" else (self.op,)
+
+    def serves(self, op: str, format: str, block_rows: int) -> bool:
+        """Whether it runs `op` on weights of `format` with blocks (slices) of `block_rows` rows."""
+        fits = self.op != "panel" or self.tile_rows in (1, block_rows)
+        return op in self.operations and self.format == format and fits
 
 
 @dataclass(frozen=True)
@@ -115,6 +133,7 @@ class Candidate:
         format: the weight format it reads, or "dense".
         applies: whether it could run the layer.
         verdict: a short sentence: why it does not apply, or what it took.
+        block: (rows, cols) of the blocks it wants the weight packed in; (1, 1) for none.
         us: measured microseconds a call; None when not measured.
     """
 
@@ -122,6 +141,7 @@ class Candidate:
     format: str
     applies: bool
     verdict: str
+    block: tuple[int, int] = (1, 1)
     us: float | None = None
 
 
@@ -178,9 +198,10 @@ def candidates(facts: Facts, kernels: Sequence[KernelInfo]) -> tuple[Candidate, 
     wanted = _KERNEL_OP[facts.op]
     found = []
     for kernel in kernels:
-        if kernel.op == wanted:
+        if wanted in kernel.operations:
             refusal = _refusal(facts, kernel)
-            found.append(Candidate(kernel.name, kernel.format, not refusal, refusal or "applies"))
+            verdict, block = refusal or "applies", _block_for(facts, kernel)
+            found.append(Candidate(kernel.name, kernel.format, not refusal, verdict, block))
     found.append(Candidate(DENSE, DENSE, True, "always applies"))
     return tuple(found)
 
@@ -237,7 +258,7 @@ def choose(
         return _dense(considered, f"stays dense: {_why_none(considered, format)}")
     if format != "auto":
         best = _fastest(pool)
-        return _sparse(facts, considered, best, f"{best.kernel}: format={format!r} was asked for")
+        return _sparse(considered, best, f"{best.kernel}: format={format!r} was asked for")
     if times is None:
         return _by_rule(facts, considered, pool)
     return _by_time(facts, considered, pool, margin)
@@ -253,11 +274,20 @@ def _refusal(facts: Facts, kernel: KernelInfo) -> str:
         return f"computes {kernel.dtype}, the weight is {facts.dtype}"
     if kernel.format == "bsr" and facts.block == (1, 1):
         return "the zeros do not come in blocks"
-    if kernel.format not in ("csr", "bsr"):
+    if kernel.format == "sell" and facts.groups != 1:
+        return "slices of rows do not keep to groups"
+    if kernel.format not in FORMAT_CHOICES:
         return f"no layer is packed as {kernel.format} yet"
     if not kernel.usable:
         return kernel.reason or "not usable on this machine"
     return ""
+
+
+def _block_for(facts: Facts, kernel: KernelInfo) -> tuple[int, int]:
+    if kernel.format == "sell":
+        cols = _SPARSE_BLOCK_COLS if facts.density < _SPARSE_BELOW else _BLOCK_COLS
+        return (kernel.tile_rows if kernel.tile_rows > 1 else _ANY_HEIGHT, cols)
+    return facts.block if kernel.format == "bsr" else (1, 1)
 
 
 def _with_times(
@@ -269,7 +299,7 @@ def _with_times(
     for item in considered:
         us = times.get(item.kernel) if item.applies else None
         verdict = item.verdict if us is None else f"{_us(us)} us"
-        timed.append(Candidate(item.kernel, item.format, item.applies, verdict, us))
+        timed.append(replace(item, verdict=verdict, us=us))
     return tuple(timed)
 
 
@@ -294,7 +324,7 @@ def _forced(
             f"SPARSELT_KERNEL={forced} does not fit a {facts.op} layer of shape "
             f"{tuple(facts.shape)}: {match.verdict}; unset SPARSELT_KERNEL to let the plan choose"
         )
-    return _sparse(facts, considered, match, f"{forced}: {reason}")
+    return _sparse(considered, match, f"{forced}: {reason}")
 
 
 def _by_time(
@@ -306,7 +336,6 @@ def _by_time(
         return _by_rule(facts, considered, pool)
     if best.us <= dense_us * (1 - margin):
         return _sparse(
-            facts,
             considered,
             best,
             f"{best.kernel}: {_us(best.us)} us against dense {_us(dense_us)} us",
@@ -337,9 +366,7 @@ def _by_rule(facts: Facts, considered: tuple[Candidate, ...], pool: list[Candida
         f"density {facts.density:.2g} is %s {limit:g}, below which {best.format} is expected to pay"
     )
     if facts.density < limit:
-        return _sparse(
-            facts, considered, best, f"{best.kernel}: not measured, " + against % "below"
-        )
+        return _sparse(considered, best, f"{best.kernel}: not measured, " + against % "below")
     return _dense(considered, "stays dense: not measured, " + against % "not below")
 
 
@@ -364,9 +391,9 @@ def _dense(considered: tuple[Candidate, ...], reason: str) -> Plan:
     return Plan(DENSE, DENSE, reason, considered, considered[-1].us, _best_us(considered))
 
 
-def _sparse(facts: Facts, considered: tuple[Candidate, ...], item: Candidate, reason: str) -> Plan:
-    block = (1, 1) if item.format == "csr" else facts.block
-    return Plan(item.kernel, item.format, reason, considered, considered[-1].us, item.us, block)
+def _sparse(considered: tuple[Candidate, ...], item: Candidate, reason: str) -> Plan:
+    dense_us = considered[-1].us
+    return Plan(item.kernel, item.format, reason, considered, dense_us, item.us, item.block)
 
 
 def _why_none(considered: tuple[Candidate, ...], format: str) -> str:

@@ -163,11 +163,10 @@ class Tuner:
         return choose(facts, kernels, times, format=self.format, forced=forced)
 
     def _worth_timing(self, considered: Iterable[Candidate]) -> list[Candidate]:
-        """The candidates worth timing: not the portable one beside a vector one of its format."""
+        """The candidates worth timing: of each format, the one that the registry prefers."""
         pool = [c for c in considered if c.applies and c.kernel != DENSE]
-        pool = [c for c in pool if self.format in ("auto", c.format)]
-        vector = {c.format for c in pool if not c.kernel.endswith("_scalar")}
-        return [c for c in pool if not c.kernel.endswith("_scalar") or c.format not in vector]
+        first = {c.format: c for c in reversed(pool) if self.format in ("auto", c.format)}
+        return list(first.values())
 
     def _time(
         self,
@@ -184,7 +183,7 @@ class Tuner:
         key = (replace(facts, nnz=0), rounded, str(geometry), shapes, torch.get_num_threads())
         if key not in self._times:
             total = dict.fromkeys([DENSE, *(c.kernel for c in pool)], 0.0)
-            layers = {c.format: _layer(module, mask, facts, c) for c in pool}
+            layers = {c.format: _layer(module, mask, c) for c in pool}
             for x in inputs:
                 calls: dict[str, Callable[[], object]] = {DENSE: _dense_call(module, x)}
                 for item in pool:
@@ -221,10 +220,9 @@ def _columns(module: nn.Module, inputs: Sequence[Tensor]) -> int | None:
     return columns
 
 
-def _layer(module: nn.Module, mask: Tensor | None, facts: Facts, item: Candidate) -> SparseLayer:
-    block = facts.block if item.format == "bsr" else (1, 1)
+def _layer(module: nn.Module, mask: Tensor | None, item: Candidate) -> SparseLayer:
     kind = next(sparse for dense, sparse in SPARSE_LAYERS.items() if isinstance(module, dense))
-    return kind(module, Plan(item.kernel, item.format, "", block=block), mask)
+    return kind(module, Plan(item.kernel, item.format, "", block=item.block), mask)
 
 
 def _dense_call(module: nn.Module, x: Tensor) -> Callable[[], object]:

@@ -7,6 +7,8 @@
 #include <algorithm>
 #include <limits>
 
+#include "formats/views.h"
+
 namespace sparselt {
 namespace {
 
@@ -16,14 +18,6 @@ std::string describe(const std::vector<int64_t>& shape) {
   std::string text = "(";
   for (size_t i = 0; i < shape.size(); ++i) text += (i ? ", " : "") + std::to_string(shape[i]);
   return text + ")";
-}
-
-void check_part(const Tensor& part, const char* name, ScalarType type, int64_t length) {
-  STD_TORCH_CHECK(part.is_cpu(), name, ": expected a CPU tensor; move the weight with .cpu()");
-  STD_TORCH_CHECK(part.scalar_type() == type, name,
-                  ": wrong dtype; indices are int32 and values float32");
-  STD_TORCH_CHECK(part.is_contiguous() && part.numel() == length, name, ": expected ", length,
-                  " contiguous elements, got ", part.numel());
 }
 
 }  // namespace
@@ -43,36 +37,21 @@ Tensor as_float_input(const Tensor& tensor, const char* name) {
 
 Weight as_weight(const Parts& parts, const Ints& meta, const std::string& kernel,
                  std::string_view op, size_t dims) {
-  STD_TORCH_CHECK(parts.size() == 3, "parts: expected crow_indices, col_indices, values, got ",
-                  parts.size(), " tensors");
   STD_TORCH_CHECK(meta.size() == dims + 2, "meta: expected block_rows, block_cols and a shape of ",
                   dims, " sizes, got ", meta.size(), " numbers");
-  Weight weight;
-  weight.shape.assign(meta.begin() + 2, meta.end());
-  SparseView& view = weight.view;
-  view.block_rows = meta[0];
-  view.block_cols = meta[1];
-  STD_TORCH_CHECK(view.block_rows > 0 && view.block_cols > 0,
-                  "meta: blocks must be at least 1 x 1");
-  view.rows = weight.shape[0];
-  view.cols = 1;
-  for (size_t i = 1; i < dims; ++i) view.cols *= weight.shape[i];
-  STD_TORCH_CHECK(view.rows >= 0 && view.cols >= 0, "meta: a size is negative");
-
-  const int64_t stored_rows = (view.rows + view.block_rows - 1) / view.block_rows;
-  const int64_t blocks = parts[1].numel();
-  check_part(parts[0], "crow_indices", ScalarType::Int, stored_rows + 1);
-  check_part(parts[1], "col_indices", ScalarType::Int, blocks);
-  check_part(parts[2], "values", ScalarType::Float, blocks * view.block_rows * view.block_cols);
-  view.crow_indices = static_cast<const int32_t*>(parts[0].const_data_ptr());
-  view.col_indices = static_cast<const int32_t*>(parts[1].const_data_ptr());
-  view.values = const_float_data(parts[2]);
-  STD_TORCH_CHECK(view.crow_indices[stored_rows] == blocks, "crow_indices: expected to end at ",
-                  blocks, ", got ", view.crow_indices[stored_rows]);
-
-  // values of CSR are (nnz,), those of blocks (blocks, block_rows, block_cols), even when a block
-  // is 1 x 1.
-  weight.kernel = &find_kernel(kernel, op, parts[2].dim() == 1 ? "csr" : "bsr");
+  STD_TORCH_CHECK(meta[0] > 0 && meta[1] > 0, "meta: blocks must be at least 1 x 1");
+  STD_TORCH_CHECK(*std::min_element(meta.begin() + 2, meta.end()) >= 0, "meta: a size is negative");
+  Weight weight{};
+  weight.rows = meta[2];
+  weight.cols = 1;
+  for (size_t i = 3; i < meta.size(); ++i) weight.cols *= meta[i];
+  const std::string_view format = format_of(parts);
+  weight.kernel = &find_kernel(kernel, op, format, meta[0]);
+  if (format == "sell") {
+    weight.sell = as_sell_view(parts, meta.data(), weight.rows, weight.cols);
+  } else {
+    weight.view = as_sparse_view(parts, meta.data(), weight.rows, weight.cols);
+  }
   return weight;
 }
 

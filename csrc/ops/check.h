@@ -13,12 +13,13 @@ namespace sparselt {
 // A contiguous float32 CPU tensor of `tensor`'s values; `name` is for the error.
 Tensor as_float_input(const Tensor& tensor, const char* name);
 
-// The kernel and the view of the weight that it runs on; `dims` is the rank of the weight's dense
-// shape.
+// The kernel and the weight as it sees it; `dims` is the rank of the weight's dense shape.
 struct Weight {
   const KernelInfo* kernel;
-  SparseView view;
-  std::vector<int64_t> shape;
+  int64_t rows;
+  int64_t cols;
+  SparseView view;  // of csr and bsr
+  SellView sell;    // of sell
 };
 Weight as_weight(const Parts& parts, const Ints& meta, const std::string& kernel,
                  std::string_view op, size_t dims);

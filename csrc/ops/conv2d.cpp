@@ -14,7 +14,7 @@
 #include <cstring>
 #include <limits>
 
-#include "ops/check.h"
+#include "ops/panels.h"
 #include "ops/partition.h"
 
 namespace sparselt {
@@ -172,6 +172,40 @@ void run_conv2d(const Problem& problem, const Weight& weight, const Tensor& inpu
                    weight.kernel->tile_columns, rows_of, run);
 }
 
+// The same for a panel kernel, which masks borders itself: x is laid out anew only where stride_w
+// takes its columns apart.
+void run_conv2d_panels(const Problem& problem, const Weight& weight, const Tensor& input,
+                       const Epilogue& epilogue, float* y) {
+  const Geometry& g = problem.geometry;
+  STD_TORCH_CHECK(problem.groups == 1, weight.kernel->name, ": expected groups = 1, got ",
+                  problem.groups);
+  const bool in_place = g.w.stride == 1;
+  const Tensor planes =
+      in_place ? input : lay_out(g, const_float_data(input), problem.batch * problem.channels_in);
+  const int64_t plane = in_place ? g.h.size * g.w.size : g.plane();
+  PanelSource source{const_float_data(planes),
+                     problem.batch,
+                     problem.channels_in * plane,
+                     plane,
+                     in_place ? g.h.stride * g.w.size : g.pitch(),
+                     g.h.out(),
+                     g.w.out(),
+                     g.h.stride,
+                     g.h.size,
+                     g.w.size,
+                     in_place && (g.h.padding > 0 || g.w.padding > 0),
+                     {}};
+  for (int64_t r = 0; r < g.h.kernel; ++r) {
+    for (int64_t s = 0; s < g.w.kernel; ++s) {
+      const int64_t row = r * g.h.dilation - g.h.padding;
+      const int64_t column = s * g.w.dilation - g.w.padding;
+      source.taps.push_back({in_place ? row * g.w.size + column : g.tap_offset(r, s),
+                             static_cast<int32_t>(row), static_cast<int32_t>(column)});
+    }
+  }
+  run_panels(weight, source, y, epilogue);
+}
+
 }  // namespace
 
 void conv2d_out(Tensor x, Tensor out, Parts parts, Ints meta, OptionalTensor bias,
@@ -183,7 +217,9 @@ void conv2d_out(Tensor x, Tensor out, Parts parts, Ints meta, OptionalTensor bia
   const Tensor input = as_float_input(x, "x");
   const HeldEpilogue held =
       as_epilogue(bias, residual, lower, upper, problem.channels_out, problem.out_shape());
-  if (out.numel() > 0) run_conv2d(problem, weight, input, held.pointers, float_data(out));
+  if (out.numel() == 0) return;
+  const auto run = weight.kernel->panel ? run_conv2d_panels : run_conv2d;
+  run(problem, weight, input, held.pointers, float_data(out));
 }
 
 Tensor conv2d(Tensor x, Parts parts, Ints meta, OptionalTensor bias, OptionalTensor residual,

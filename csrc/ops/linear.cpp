@@ -42,8 +42,8 @@ void transpose(const float* from, int64_t rows, int64_t columns, const Epilogue&
 Tensor linear(Tensor x, Parts parts, Ints meta, OptionalTensor bias, OptionalTensor residual,
               OptionalBound lower, OptionalBound upper, std::string kernel) {
   const Weight weight = as_weight(parts, meta, kernel, "spmm", 2);
-  const int64_t rows = weight.view.rows;
-  const int64_t cols = weight.view.cols;
+  const int64_t rows = weight.rows;
+  const int64_t cols = weight.cols;
   std::vector<int64_t> shape = shape_of(x);
   STD_TORCH_CHECK(!shape.empty() && shape.back() == cols, "x: expected (..., ", cols,
                   "), got a last size of ", shape.empty() ? 0 : shape.back());
@@ -55,8 +55,7 @@ Tensor linear(Tensor x, Parts parts, Ints meta, OptionalTensor bias, OptionalTen
   const Epilogue& e = held.pointers;
   Tensor out = new_output(shape);
   if (batch <= 1) {
-    if (batch == 1)
-      run_spmm(*weight.kernel, {weight.view, const_float_data(input), 1, float_data(out), 1, 1, e});
+    if (batch == 1) run_spmm(weight, const_float_data(input), float_data(out), 1, e);
     return out;
   }
   const Epilogue none = as_epilogue({}, {}, {}, {}, 0, {}).pointers;
@@ -65,8 +64,7 @@ Tensor linear(Tensor x, Parts parts, Ints meta, OptionalTensor bias, OptionalTen
   transpose(const_float_data(input), batch, cols, none, float_data(columns_in));
   Epilogue in_kernel = none;
   in_kernel.bias = e.bias;
-  run_spmm(*weight.kernel, {weight.view, float_data(columns_in), batch, float_data(columns_out),
-                            batch, batch, in_kernel});
+  run_spmm(weight, float_data(columns_in), float_data(columns_out), batch, in_kernel);
   transpose(float_data(columns_out), rows, batch, e, float_data(out));
   return out;
 }

@@ -5,31 +5,39 @@
 
 #include <torch/headeronly/util/Exception.h>
 
-#include "ops/check.h"
+#include "ops/panels.h"
 #include "ops/partition.h"
 
 namespace sparselt {
 
-void run_spmm(const KernelInfo& kernel, const SpmmCall& call) {
-  const Range rows{0, stored_rows(call.weight)};
+void run_spmm(const Weight& weight, const float* x, float* y, int64_t columns,
+              const Epilogue& epilogue) {
+  if (weight.kernel->panel) {
+    const PanelSource source{x,       1, 0, columns, columns, 1,
+                             columns, 1, 1, columns, false,   {{0, 0, 0}}};
+    return run_panels(weight, source, y, epilogue);
+  }
+  const SpmmCall call{weight.view, x, columns, y, columns, columns, epilogue};
+  const Range rows{0, stored_rows(weight.view)};
   parallel_product(
-      call.weight, 1, call.columns, kernel.tile_columns, [&](int64_t) { return rows; },
-      [&](int64_t, Range some_rows, Range columns) { kernel.spmm(call, some_rows, columns); });
+      weight.view, 1, columns, weight.kernel->tile_columns, [&](int64_t) { return rows; },
+      [&](int64_t, Range some_rows, Range some_columns) {
+        weight.kernel->spmm(call, some_rows, some_columns);
+      });
 }
 
 void spmm_out(Tensor x, Tensor out, Parts parts, Ints meta, OptionalTensor bias,
               OptionalTensor residual, OptionalBound lower, OptionalBound upper,
               std::string kernel) {
   const Weight weight = as_weight(parts, meta, kernel, "spmm", 2);
-  STD_TORCH_CHECK(x.dim() == 2 && x.size(0) == weight.view.cols, "x: expected (", weight.view.cols,
+  STD_TORCH_CHECK(x.dim() == 2 && x.size(0) == weight.cols, "x: expected (", weight.cols,
                   ", N), got rank ", x.dim(), " with ", x.dim() > 0 ? x.size(0) : 0, " rows");
   const int64_t columns = x.size(1);
-  const std::vector<int64_t> shape{weight.view.rows, columns};
+  const std::vector<int64_t> shape{weight.rows, columns};
   check_output(out, shape);
   const Tensor input = as_float_input(x, "x");
-  const HeldEpilogue epilogue = as_epilogue(bias, residual, lower, upper, weight.view.rows, shape);
-  run_spmm(*weight.kernel, {weight.view, const_float_data(input), columns, float_data(out), columns,
-                            columns, epilogue.pointers});
+  const HeldEpilogue epilogue = as_epilogue(bias, residual, lower, upper, weight.rows, shape);
+  run_spmm(weight, const_float_data(input), float_data(out), columns, epilogue.pointers);
 }
 
 Tensor spmm(Tensor x, Parts parts, Ints meta, OptionalTensor bias, OptionalTensor residual,

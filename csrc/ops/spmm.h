@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-#include "registry.h"
+#include "ops/check.h"
 
 namespace sparselt {
 
-// Runs an spmm kernel over the whole product, on torch's threads.
-void run_spmm(const KernelInfo& kernel, const SpmmCall& call);
+// y (M, N) = clamp(W x (K, N) + bias + residual) for contiguous matrices, on torch's threads.
+void run_spmm(const Weight& weight, const float* x, float* y, int64_t columns,
+              const Epilogue& epilogue);
 
 }  // namespace sparselt

@@ -9,12 +9,14 @@ from sparselt.errors import FormatError, explain_mismatch
 from sparselt.formats.base import SparseWeight
 from sparselt.formats.bsr import BSR
 from sparselt.formats.csr import CSR
+from sparselt.formats.sell import SELL
 
-__all__ = ["BSR", "CSR", "FORMATS", "SparseWeight", "pack"]
+__all__ = ["BSR", "CSR", "FORMATS", "SELL", "SparseWeight", "pack"]
 
 FORMATS: dict[str, type[SparseWeight]] = {
     "csr": CSR,
     "bsr": BSR,
+    "sell": SELL,
 }
 
 
