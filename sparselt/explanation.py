@@ -31,7 +31,7 @@ class Row:
         op: "linear", "conv1d" or "conv2d".
         shape: of the dense weight.
         density: kept weights over all weights.
-        format: "csr", "bsr" or "dense".
+        format: "csr", "bsr", "sell" or "dense".
         kernel: the kernel that runs, or "dense" for torch's own.
         reason: why, in a sentence.
         dense_us: measured microseconds of torch's operator; None when not measured.

@@ -153,10 +153,13 @@ class PackedWeight(nn.Module):
         self, destination: MutableMapping[str, Any], prefix: str, keep_vars: bool
     ) -> None:
         """Saves what any CPU can read: a kernel's own layout goes as compressed rows."""
-        saved = _portable(self.packed()) if self.format == "sell" else self
-        parts = saved.parts()
-        names = FORMATS["csr"].part_names if self.format == "sell" else tuple(self._buffers)
-        for name, part in zip(names, parts, strict=True):
+        if self.format != "sell":
+            super()._save_to_state_dict(destination, prefix, keep_vars)
+            return
+        portable = _portable(self.packed())
+        *indices, values = portable.parts()
+        parts = [*indices, values.to(self.dtype)]
+        for name, part in zip(portable.part_names, parts, strict=True):
             destination[prefix + name] = part
 
     def _load_from_state_dict(

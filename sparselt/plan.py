@@ -226,7 +226,7 @@ def choose(
         kernels: the registry, best first.
         times: microseconds a call by kernel name, "dense" included; None when nothing was measured.
         margin: the share of dense's time that a sparse kernel must gain.
-        format: "auto", "csr", "bsr" or "dense".
+        format: "auto", "csr", "bsr", "sell" or "dense".
         forced: a kernel that must be used (SPARSELT_KERNEL); empty for none.
 
     Raises:

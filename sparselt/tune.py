@@ -115,7 +115,7 @@ class Tuner:
     """Plans the layers of one network, timing each kind of layer once.
 
     Args:
-        format: "auto", "csr", "bsr" or "dense".
+        format: "auto", "csr", "bsr", "sell" or "dense".
         weight_bytes: bytes of all dense weights of the network; decides whether they are cold.
 
     Attributes:

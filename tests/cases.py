@@ -313,7 +313,7 @@ def kernel_params(op: str) -> list[object]:
     """Every CPU kernel of an operation as a pytest parameter; one that cannot run says why."""
     params = []
     for kernel in _kernels():
-        if kernel.op != op:
+        if op not in kernel.operations:
             continue
         marks = []
         if not kernel.usable:
