@@ -89,7 +89,7 @@ class SpmmCase:
     def weight(self, format: str = "csr", block: tuple[int, int] | None = None) -> SparseWeight:
         """The packed weight."""
         weight, mask = self.dense()
-        return pack(weight, mask, format, block if format == "bsr" else None)
+        return pack(weight, mask, format, None if format == "csr" else block)
 
     def x(self) -> Tensor:
         """(K, N) float32."""
@@ -165,7 +165,7 @@ class ConvCase:
     def weight(self, format: str = "csr", block: tuple[int, int] | None = None) -> SparseWeight:
         """The packed filters."""
         weight, mask = self.dense()
-        return pack(weight, mask, format, block if format == "bsr" else None)
+        return pack(weight, mask, format, None if format == "csr" else block)
 
     def x(self) -> Tensor:
         """(B, C_in, H, W) float32."""
@@ -290,7 +290,9 @@ def _conv_patterns() -> Iterator[ConvCase]:
     for density in DENSITIES:
         yield ConvCase(1, 3, 5, (13, 13), (3, 3), padding=(1, 1), density=density)
     # A 1x1 convolution over maps whose pixels lie around the tile.
-    for tile in sorted({kernel.tile_columns for kernel in _kernels() if kernel.op == "conv2d"}):
+    for tile in sorted(
+        {kernel.tile_columns for kernel in _kernels() if "conv2d" in kernel.operations}
+    ):
         for pixels in (tile - 1, tile, tile + 1):
             if pixels:
                 yield ConvCase(2, 5, 3, (1, pixels), (1, 1))

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from cases import BLOCKS, ConvCase, kernel_params
@@ -11,7 +13,7 @@ from torch import Tensor
 from sparselt.formats import SparseWeight
 from sparselt.plan import KernelInfo
 
-__all__ = ["CONV2D", "SPMM", "a_block_of", "blocks_of", "conv2d", "spmm"]
+__all__ = ["CONV2D", "SPMM", "a_block_of", "blocks_of", "conv2d", "spmm", "ungrouped"]
 
 # Decorators: a test runs once for every registered kernel of the operation.
 SPMM = pytest.mark.parametrize("kernel", kernel_params("spmm"))
@@ -19,7 +21,16 @@ CONV2D = pytest.mark.parametrize("kernel", kernel_params("conv2d"))
 
 
 def blocks_of(kernel: KernelInfo) -> tuple[tuple[int, int] | None, ...]:
+    if kernel.format == "sell":
+        # Column blocks of one column, of a few, and wider than most cases.
+        heights = (kernel.tile_rows,) if kernel.tile_rows > 1 else (1, 2, 3, 4, 7)
+        return tuple((height, cols) for height in heights for cols in (1, 5, 16, 128))
     return BLOCKS if kernel.format == "bsr" else (None,)
+
+
+def ungrouped(kernel: KernelInfo, case: ConvCase) -> ConvCase:
+    """The case as the kernel can run it: slices of rows do not keep to groups."""
+    return replace(case, groups=1) if kernel.format == "sell" else case
 
 
 def a_block_of(kernel: KernelInfo, case: object) -> tuple[int, int] | None:

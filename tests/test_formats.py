@@ -17,7 +17,12 @@ from torch import Tensor
 import sparselt
 from sparselt.formats import BSR, FORMATS, SparseWeight, pack
 
-FORMAT_BLOCKS = [("csr", None), *(("bsr", block) for block in BLOCKS)]
+SLICES = ((4, 128), (2, 5), (1, 1), (3, 7), (16, 32767))
+FORMAT_BLOCKS = [
+    ("csr", None),
+    *(("bsr", block) for block in BLOCKS),
+    *(("sell", block) for block in SLICES),
+]
 SHAPES = [(1, 1), (1, 9), (9, 1), (17, 23), (5, 3, 7), (6, 2, 3, 5), (4, 1, 1, 1)]
 EMPTY_SHAPES = [(0, 4), (4, 0), (0, 0), (3, 0, 5), (3, 4, 0, 2), (0, 2, 3, 3)]
 
@@ -178,7 +183,7 @@ def test_sizes_are_what_the_parts_say(format: str, block: tuple[int, int] | None
     assert (packed.rows, packed.cols) == (16, 75)
     assert packed.nnz == packed.values.numel() >= int(mask.sum())
     assert packed.density == packed.nnz / weight.numel()
-    assert packed.nbytes == 4 * sum(part.numel() for part in packed.parts())
+    assert packed.nbytes == sum(part.numel() * part.element_size() for part in packed.parts())
     assert packed.device == weight.device
     assert len(packed.parts()) == len(packed.part_names)
     assert packed.meta() == [*packed.block, 16, 3, 5, 5]

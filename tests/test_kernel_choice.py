@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from cases import ConvCase, SpmmCase, assert_within_bound
-from kernel_calls import CONV2D, SPMM, a_block_of, blocks_of, conv2d, spmm
+from kernel_calls import CONV2D, SPMM, a_block_of, blocks_of, conv2d, spmm, ungrouped
 
 from sparselt import ops, reference
 from sparselt.plan import KernelInfo
@@ -60,6 +60,7 @@ def test_spmm_is_bitwise_the_same_for_any_thread_count(kernel: KernelInfo, case:
 def test_conv2d_is_bitwise_the_same_for_any_thread_count(
     kernel: KernelInfo, case: ConvCase
 ) -> None:
+    case = ungrouped(kernel, case)
     weight = case.weight(kernel.format, a_block_of(kernel, case))
     arguments = (kernel, weight, case.x(), case, case.bias(), case.residual(), -9.0, 9.0)
     torch.set_num_threads(1)
@@ -101,9 +102,19 @@ def test_an_spmm_kernel_refuses_another_operation_or_format(kernel: KernelInfo) 
     case, other = SpmmCase(4, 4, 4), "bsr" if kernel.format == "csr" else "csr"
     with pytest.raises(RuntimeError, match=kernel.name):
         spmm(kernel, case.weight(other), case.x())
+    if kernel.op == "panel":
+        return  # serves convolutions too
     conv = ConvCase(1, 2, 2, (5, 5), (3, 3))
     with pytest.raises(RuntimeError, match=kernel.name):
         conv2d(kernel, conv.weight(kernel.format), conv.x(), conv)
+
+
+@pytest.mark.parametrize("kernel", [k for k in ops.kernels() if k.format == "sell" and k.usable])
+def test_slices_of_rows_refuse_groups(kernel: KernelInfo) -> None:
+    case = ConvCase(1, 4, 6, (5, 5), (3, 3), groups=2)
+    weight = case.weight(kernel.format, a_block_of(kernel, case))
+    with pytest.raises(RuntimeError, match="expected groups = 1"):
+        conv2d(kernel, weight, case.x(), case)
 
 
 @pytest.mark.parametrize("format", ["csr", "bsr"])

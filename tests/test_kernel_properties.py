@@ -7,7 +7,7 @@ import torch
 from cases import ConvCase, SpmmCase, assert_within_bound
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_calls import CONV2D, SPMM, a_block_of, blocks_of, conv2d, spmm
+from kernel_calls import CONV2D, SPMM, a_block_of, blocks_of, conv2d, spmm, ungrouped
 
 from sparselt import ops, reference
 from sparselt.plan import KernelInfo
@@ -112,6 +112,7 @@ def test_conv2d_matches_reference_on_any_geometry(kernel: KernelInfo) -> None:
         )  # fmt: skip
         if not case.fits():
             return
+        case = ungrouped(kernel, case)
         weight = case.weight(kernel.format, a_block_of(kernel, case))
         y = conv2d(kernel, weight, case.x(), case, case.bias())
         name = (kernel.name, str(case))
@@ -153,7 +154,9 @@ def test_conv1d_matches_reference_on_any_geometry(kernel: KernelInfo) -> None:
         )  # fmt: skip
         if not case.fits():
             return
-        flat = case.weight(kernel.format)
+        case = ungrouped(kernel, case)
+        groups = case.groups
+        flat = case.weight(kernel.format, a_block_of(kernel, case))
         weight = type(flat).from_parts(
             flat.parts(), (flat.shape[0], flat.shape[1], taps), flat.block
         )

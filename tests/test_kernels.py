@@ -18,7 +18,7 @@ from cases import (
     guarded_weight,
     spmm_cases,
 )
-from kernel_calls import CONV2D, SPMM, a_block_of, blocks_of, conv2d, spmm
+from kernel_calls import CONV2D, SPMM, a_block_of, blocks_of, conv2d, spmm, ungrouped
 
 from sparselt import reference
 from sparselt.plan import KernelInfo
@@ -47,6 +47,7 @@ def test_spmm_matches_reference_and_writes_nothing_else(kernel: KernelInfo, case
 def test_conv2d_matches_reference_and_writes_nothing_else(
     kernel: KernelInfo, case: ConvCase
 ) -> None:
+    case = ungrouped(kernel, case)
     block, offset = a_block_of(kernel, case), len(str(case)) % 17
     weight = guarded_weight(case.weight(kernel.format, block), offset)
     x = guarded(case.x(), offset)
@@ -102,6 +103,7 @@ def test_spmm_epilogues_match_reference(kernel: KernelInfo, columns: int) -> Non
 @CONV2D
 @pytest.mark.parametrize("case", EPILOGUE_CONV, ids=str)
 def test_conv2d_epilogues_match_reference(kernel: KernelInfo, case: ConvCase) -> None:
+    case = ungrouped(kernel, case)
     weight = case.weight(kernel.format, a_block_of(kernel, case))
     for bias in (None, case.bias()):
         for residual in (None, case.residual()):
@@ -141,7 +143,7 @@ def test_spmm_passes_nan_and_infinity_on_and_only_where_they_belong(
 
 @CONV2D
 def test_conv2d_passes_nan_on_and_only_where_it_belongs(kernel: KernelInfo) -> None:
-    case = ConvCase(2, 4, 6, (9, 11), (3, 3), padding=(1, 1), groups=2)
+    case = ungrouped(kernel, ConvCase(2, 4, 6, (9, 11), (3, 3), padding=(1, 1), groups=2))
     weight = case.weight(kernel.format, a_block_of(kernel, case))
     for at in ((0, 0, 0, 0), (0, 3, 4, 10), (1, 1, 8, 10)):
         x = case.x()
@@ -179,7 +181,7 @@ def test_spmm_stays_inside_its_buffers(kernel: KernelInfo, offset: int) -> None:
 @CONV2D
 @pytest.mark.parametrize("offset", OFFSETS)
 def test_conv2d_stays_inside_its_buffers(kernel: KernelInfo, offset: int) -> None:
-    for case in EPILOGUE_CONV:
+    for case in (ungrouped(kernel, case) for case in EPILOGUE_CONV):
         block = a_block_of(kernel, case)
         weight = guarded_weight(case.weight(kernel.format, block), offset)
         x, bias, residual = (
@@ -209,17 +211,19 @@ def test_conv2d_stays_inside_its_buffers(kernel: KernelInfo, offset: int) -> Non
 def test_spmm_leaves_its_inputs_alone(kernel: KernelInfo) -> None:
     case = SpmmCase(19, 21, 35)
     weight = case.weight(kernel.format, a_block_of(kernel, case))
-    inputs = (*weight.parts(), case.x(), case.bias(), case.residual())
+    operands = (case.x(), case.bias(), case.residual())
+    inputs = (*weight.parts(), *operands)
     before = [tensor.clone() for tensor in inputs]
-    spmm(kernel, weight, *inputs[3:], 0.0, 1.0)
+    spmm(kernel, weight, *operands, 0.0, 1.0)
     assert all(torch.equal(a, b) for a, b in zip(inputs, before, strict=True))
 
 
 @CONV2D
 def test_conv2d_leaves_its_inputs_alone(kernel: KernelInfo) -> None:
-    case = ConvCase(2, 4, 6, (9, 11), (3, 3), padding=(1, 1), groups=2)
+    case = ungrouped(kernel, ConvCase(2, 4, 6, (9, 11), (3, 3), padding=(1, 1), groups=2))
     weight = case.weight(kernel.format, a_block_of(kernel, case))
-    inputs = (*weight.parts(), case.x(), case.bias(), case.residual())
+    operands = (case.x(), case.bias(), case.residual())
+    inputs = (*weight.parts(), *operands)
     before = [tensor.clone() for tensor in inputs]
-    conv2d(kernel, weight, inputs[3], case, *inputs[4:], 0.0, 1.0)
+    conv2d(kernel, weight, operands[0], case, *operands[1:], 0.0, 1.0)
     assert all(torch.equal(a, b) for a, b in zip(inputs, before, strict=True))
