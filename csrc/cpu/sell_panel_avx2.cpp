@@ -8,6 +8,7 @@
 // stored value costs one broadcast for 6 multiply-adds with x as memory operand. Bound: with 2
 // loads and 2 multiply-adds a cycle, 6 / 7 of peak, less the copy of x and the sums. Slow for few
 // rows and for few columns (4 sums or fewer do not hide the multiply-add's latency).
+#if defined(__x86_64__)
 #include <immintrin.h>
 
 #include "cpu/target.h"
@@ -170,3 +171,5 @@ void sell_panel_avx2(const PanelCall& call, Range sections) {
 
 }  // namespace sparselt::cpu
 SPARSELT_TARGET_END
+
+#endif  // __x86_64__

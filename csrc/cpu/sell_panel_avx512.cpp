@@ -12,6 +12,7 @@
 // predicted and slices are full. Bound: with 2 loads and 2 multiply-adds a cycle, vectors /
 // (vectors + 2) of peak, less the copy (vectors a column, shared by all rows) and the sums (2 a row
 // and block). Slow for few rows (the copy dominates) and few columns (lanes lie idle).
+#if defined(__x86_64__)
 #include <immintrin.h>
 
 #include "cpu/target.h"
@@ -157,3 +158,5 @@ void sell_panel_avx512(const PanelCall& call, Range sections) {
 
 }  // namespace sparselt::cpu
 SPARSELT_TARGET_END
+
+#endif  // __x86_64__
