@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from sparselt import _C
-from sparselt.plan import KernelInfo
+from sparselt.errors import KernelError, explain_mismatch
+from sparselt.registry import KernelInfo
 
-__all__ = ["conv_shape", "isa", "kernels"]
+__all__ = ["check_kernel", "conv_shape", "isa", "kernels"]
 
 
 @cache
@@ -36,6 +37,47 @@ def isa() -> str:
     names when sparselt is first imported.
     """
     return _C.isa()
+
+
+# Operations and formats that some kernel of this machine runs. A constant, not a cached function:
+# torch.compile traces through those.
+_SERVED = frozenset(
+    (op, kernel.format) for kernel in kernels() if kernel.usable for op in kernel.operations
+)
+
+
+def _format_of(parts: Sequence[Tensor]) -> str:
+    if len(parts) == 5:
+        return "sell"
+    return "csr" if parts[-1].dim() == 1 else "bsr"
+
+
+def check_kernel(name: str, op: str, parts: Sequence[Tensor], block_rows: int) -> None:
+    """Refuses a kernel that cannot run `op` on a weight of these parts.
+
+    Args:
+        name: the kernel's; empty for the first of the registry that fits.
+        op: "spmm" or "conv2d".
+        parts: the weight's.
+        block_rows: rows of its blocks (of its slices in SELL).
+
+    Raises:
+        KernelError: no kernel runs `op` on the weight's format, or not the named one.
+    """
+    format_name = _format_of(parts)
+    if name == "" and (op, format_name) in _SERVED:
+        return
+    serving = [kernel for kernel in kernels() if kernel.serves(op, format_name, block_rows)]
+    if (op, format_name) not in _SERVED:
+        hint = "pack the weight with format='csr'"
+        raise KernelError(explain_mismatch("weight", f"a format {op} has", format_name, hint))
+    for kernel in serving:
+        if kernel.name == name:
+            if not kernel.usable:
+                raise KernelError(f"kernel {name} cannot run here: {kernel.reason}")
+            return
+    known = ", ".join(k.name for k in serving if k.usable)
+    raise KernelError(explain_mismatch("kernel", f"one of {known}", repr(name)))
 
 
 def conv_shape(

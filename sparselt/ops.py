@@ -24,20 +24,13 @@ from sparselt.errors import (
     DtypeError,
     FormatError,
     GradientError,
-    KernelError,
     OptionError,
     ShapeError,
     explain_mismatch,
 )
-from sparselt.extension import conv_shape, isa, kernels
+from sparselt.extension import check_kernel, conv_shape, isa, kernels
 
 __all__ = ["conv1d", "conv2d", "isa", "kernels", "linear", "spmm"]
-
-
-# Operations and formats that some kernel of this machine runs.
-_SERVED = frozenset(
-    (op, kernel.format) for kernel in kernels() if kernel.usable for op in kernel.operations
-)
 
 
 class PackedMatrix(Protocol):
@@ -377,26 +370,4 @@ def _check_operands(
                 f"{name} requires a gradient, and sparse layers only run forward: call them under "
                 "torch.no_grad(), and train the dense model with its masks instead"
             )
-    format_name = _format_of(weight.parts())
-    if kernel != "" or (op, format_name) not in _SERVED:
-        _check_kernel(kernel, op, format_name, weight.meta()[0])
-
-
-def _format_of(parts: Sequence[Tensor]) -> str:
-    if len(parts) == 5:
-        return "sell"
-    return "csr" if parts[-1].dim() == 1 else "bsr"
-
-
-def _check_kernel(name: str, op: str, format_name: str, block_rows: int) -> None:
-    serving = [kernel for kernel in kernels() if kernel.serves(op, format_name, block_rows)]
-    if (op, format_name) not in _SERVED:
-        hint = "pack the weight with format='csr'"
-        raise KernelError(explain_mismatch("weight", f"a format {op} has", format_name, hint))
-    for kernel in serving:
-        if kernel.name == name:
-            if not kernel.usable:
-                raise KernelError(f"kernel {name} cannot run here: {kernel.reason}")
-            return
-    known = ", ".join(k.name for k in serving if k.usable)
-    raise KernelError(explain_mismatch("kernel", f"one of {known}", repr(name)))
+    check_kernel(kernel, op, weight.parts(), weight.meta()[0])

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from sparselt.errors import KernelError, OptionError
+from sparselt.registry import KernelInfo
 
 __all__ = [
     "DENSE",
@@ -49,45 +50,6 @@ _ANY_HEIGHT = 4  # slice height for a kernel that takes any
 # A dot product shorter than this (a depthwise filter, a 3-channel first convolution) leaves a
 # sparse kernel too little to skip.
 _SHORTEST_ROW = 32
-
-
-@dataclass(frozen=True)
-class KernelInfo:
-    """One line of the kernel registry, as seen on this machine.
-
-    Attributes:
-        name: the kernel's one name, for example "csr_spmm_avx2".
-        op: "spmm", "conv2d", or "panel" for a kernel that serves both.
-        format: the weight format it reads, a key of `sparselt.formats.FORMATS`.
-        device: "cpu" or "cuda".
-        features: CPU features it needs.
-        tile_rows: output rows computed together; of a panel kernel, the slice height it reads.
-        tile_columns: columns (pixels, batch items) computed together.
-        dtype: the element type of values and activations, for example "float32".
-        usable: whether it was built and can run here.
-        reason: why it is not usable; empty otherwise.
-    """
-
-    name: str
-    op: str
-    format: str
-    device: str
-    features: tuple[str, ...]
-    tile_rows: int
-    tile_columns: int
-    dtype: str
-    usable: bool
-    reason: str = ""
-
-    @property
-    def operations(self) -> tuple[str, ...]:
-        """The operations it serves: "spmm", "conv2d"."""
-        return ("spmm", "conv2d") if self.op == "panel" else (self.op,)
-
-    def serves(self, op: str, format: str, block_rows: int) -> bool:
-        """Whether it runs `op` on weights of `format` with blocks (slices) of `block_rows` rows."""
-        fits = self.op != "panel" or self.tile_rows in (1, block_rows)
-        return op in self.operations and self.format == format and fits
 
 
 @dataclass(frozen=True)
