@@ -7,7 +7,9 @@ from sparselt.lottery.controls import CONTROLS
 from sparselt.lottery.criteria import CRITERIA
 from sparselt.lottery.data import DATASETS, Data, load_data
 from sparselt.lottery.download import download_data
+from sparselt.lottery.edge_popup import add_supermasks, find_supermask, read_supermasks
 from sparselt.lottery.experiment import Experiment, run_experiment
+from sparselt.lottery.initialisation import prune_at_initialisation
 from sparselt.lottery.networks import NETWORKS
 from sparselt.lottery.recipe import Recipe
 from sparselt.lottery.recipes import RECIPES, recipe_of
@@ -36,12 +38,16 @@ __all__ = [
     "Stability",
     "Step",
     "Training",
+    "add_supermasks",
     "best_level",
     "download_data",
     "evaluate",
+    "find_supermask",
     "find_ticket",
     "load_data",
     "measure_stability",
+    "prune_at_initialisation",
+    "read_supermasks",
     "recipe_of",
     "run_experiment",
     "run_levels",
