@@ -19,6 +19,7 @@ from torch._dynamo.backends import registry
 from torch._subclasses.fake_tensor import FakeTensor
 
 from sparselt.errors import KernelError
+from sparselt.explanation import remember
 from sparselt.lowering import lower
 from sparselt.tune import Tuner
 
@@ -96,6 +97,9 @@ class _Compiled:
             warnings.warn(f"a graph runs in torch as it is: {kind}: {error}", stacklevel=2)
             return False
         self.run = lowered.module.forward
+        for row, index in zip(lowered.rows, lowered.weights, strict=True):
+            if index is not None:
+                remember(values[index], row)
         self.watched = [(i, values[i], _state(values[i])) for i in lowered.sources]
         return True
 

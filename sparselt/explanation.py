@@ -5,10 +5,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from sparselt.conversion import PLAN_ATTRIBUTE
 from sparselt.errors import OptionError, explain_mismatch
@@ -16,7 +17,11 @@ from sparselt.facts import LAYER_OPS
 from sparselt.nn import SparseLayer
 from sparselt.plan import DENSE, Plan
 
-__all__ = ["Explainable", "Explanation", "Row", "explain", "row_of"]
+__all__ = ["Explainable", "Explanation", "Row", "explain", "remember", "row_of"]
+
+# What the backend of torch.compile made of a layer, by its weight: Dynamo keeps no program that one
+# could ask.
+_COMPILED: Any = WeakTensorKeyDictionary()
 
 _HEADINGS = ("layer", "shape", "density", "format", "kernel", "dense us", "sparse us", "reason")
 _RIGHT = {"density", "dense us", "sparse us"}
@@ -128,8 +133,9 @@ def explain(model_or_program: Any) -> Explanation:
     """Which kernel each layer runs, why, and what it gained.
 
     Args:
-        model_or_program: a result of `sparselt.convert` or `sparselt.compile`; any other module is
-            explained too, as what it is: dense.
+        model_or_program: a result of `sparselt.convert`, of `sparselt.compile`, or of
+            torch.compile with backend="sparselt" that has run; any other module is explained too,
+            as what it is: dense.
 
     Returns:
         One row for every linear and convolution layer; `str()` of it is a table.
@@ -149,12 +155,32 @@ def explain(model_or_program: Any) -> Explanation:
         expected = "a torch.nn.Module or a compiled program"
         got = type(model_or_program).__name__
         raise OptionError(explain_mismatch("model_or_program", expected, got))
+    # torch.compile wraps a module in one whose only child is the module.
+    inner = model_or_program._modules.get("_orig_mod")
     rows = []
-    for name, module in model_or_program.named_modules():
+    wrapped = inner is not None
+    model = model_or_program if inner is None else inner
+    for name, module in model.named_modules():
         row = row_of(name, module)
         if row is not None:
-            rows.append(row)
-    return Explanation(rows, () if rows else ("no linear or convolution layers",))
+            rows.append(_as_compiled(row, module) if wrapped else row)
+    notes = ["layers of graphs that Dynamo has not run yet count as dense"] if wrapped else []
+    return Explanation(rows, notes if rows else ["no linear or convolution layers"])
+
+
+def remember(weight: Tensor, row: Row) -> None:
+    """Lets `explain` tell what torch.compile made of the layer with this weight.
+
+    Args:
+        weight: the layer's parameter; not kept alive.
+        row: the layer's row.
+    """
+    _COMPILED[weight] = row
+
+
+def _as_compiled(row: Row, module: nn.Module) -> Row:
+    known = _COMPILED.get(module.weight) if isinstance(module.weight, Tensor) else None
+    return replace(known, layer=row.layer) if isinstance(known, Row) else row
 
 
 def row_of(name: str, module: nn.Module) -> Row | None:

@@ -55,6 +55,7 @@ class Lowered:
         module: runs it; takes the placeholders' values in order.
         unused: indices of the placeholders that nothing reads any more.
         rows: what became of each layer, in graph order.
+        weights: for each row, the index of the placeholder of its weight; None where it is unknown.
         sources: indices of the placeholders whose values are baked into packed weights.
         others: how often each other operation is called; these run in torch.
     """
@@ -62,6 +63,7 @@ class Lowered:
     module: fx.GraphModule
     unused: list[int] = field(default_factory=list)
     rows: list[Row] = field(default_factory=list)
+    weights: list[int | None] = field(default_factory=list)
     sources: list[int] = field(default_factory=list)
     others: dict[str, int] = field(default_factory=dict)
 
@@ -118,7 +120,8 @@ def lower(
         for node in graph.nodes
         if node.op.startswith("call_") and node not in lowering.done
     )
-    return Lowered(result, unused, lowering.rows, sources, dict(others))
+    weights = [None if node is None else placeholders.index(node) for node in lowering.weights]
+    return Lowered(result, unused, lowering.rows, weights, sources, dict(others))
 
 
 def _propagate(module: fx.GraphModule, inputs: Sequence[Any]) -> None:
@@ -171,6 +174,7 @@ class _Lowering:
         self.packed = packed
         self.names: dict[fx.Node, str] = {}
         self.rows: list[Row] = []
+        self.weights: list[fx.Node | None] = []
         self.sources: set[fx.Node] = set()
         self.done: set[fx.Node] = set()
 
@@ -200,6 +204,7 @@ class _Lowering:
                 self.done.add(layer.node)
         assert row is not None
         self.rows.append(row)
+        self.weights.append(layer.sources[0] if layer.sources else None)
 
     def name_of(self, layer: GraphLayer) -> str:
         """The module path that the weight's name tells, or the node's own name."""

@@ -273,6 +273,18 @@ def test_the_backend_notices_changed_weights(always_sparse):
         assert_same(fast(x), model(x))
 
 
+def test_a_network_compiled_by_torch_is_explained_once_it_has_run(always_sparse):
+    model = make("residual")
+    fast = torch.compile(model, backend=dynamo.backend)
+    assert {row.kernel for row in sparselt.explain(fast)} == {DENSE}
+    with torch.no_grad():
+        fast(input_for("residual", 2))
+    rows = {row.layer: row for row in sparselt.explain(fast)}
+    assert len(rows) == 9
+    assert rows["3.conv2"].reason.endswith("; with batch norm, residual, clamp")
+    assert {row.kernel for row in sparselt.explain(model)} == {DENSE}
+
+
 def test_the_backend_gives_up_packing_a_weight_that_always_changes(always_sparse):
     model = nn.Sequential(prune_randomly(nn.Linear(8, 8)))
     fast = torch.compile(model, backend=dynamo.backend)

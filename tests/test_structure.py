@@ -72,7 +72,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "layers": {"fuse"},
     "lowering": LAYER | {"tune", "conversion", "explanation", "fuse", "layers"},
     "capture": BASE,
-    "dynamo": BASE | {"tune", "lowering"},
+    "dynamo": BASE | {"tune", "explanation", "lowering"},
     "program": WHOLE_MODEL - {"program"},
     "measure": WHOLE_MODEL | {"reference", "sparselt"},
     "quickstart": EVERYTHING,
