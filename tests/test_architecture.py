@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 from shrinkable import Plain, X, every_second, lively
 from torch import nn
 
@@ -80,3 +81,18 @@ def test_shrinking_twice_is_refused() -> None:
     model = shrink(lively(Plain), delta)
     with pytest.raises(ShapeError, match="only once"):
         shrink(model, delta)
+
+
+def test_expanding_is_the_inverse_of_slicing_with_zeros_elsewhere() -> None:
+    model = lively(Plain)
+    state, delta = model.state_dict(), every_second(trace_channels(model, X))
+    shapes = {name: tensor.shape for name, tensor in state.items()}
+    small = delta.slice(state)
+    full = delta.expand(small, shapes)
+    assert full["conv2.weight"][0::2].abs().sum() == 0
+    assert full["conv2.weight"][:, 0::2].abs().sum() == 0
+    assert torch.equal(full["conv2.weight"][1::2, 1::2], state["conv2.weight"][1::2, 1::2])
+    again = delta.slice(full)
+    assert all(torch.equal(again[name], tensor) for name, tensor in small.items())
+    with pytest.raises(ShapeError, match=r"conv2\.weight"):
+        delta.expand({"conv2.weight": state["conv2.weight"]}, shapes)

@@ -111,8 +111,20 @@ def choose_channels(
     multiple: int = 1,
     least: int = 1,
     seed: int = 0,
+    within: Delta | None = None,
 ) -> Delta:
     """Ranks channels and says which stay; see :func:`prune_filters`.
+
+    Args:
+        model: The network, with the weights that are ranked.
+        channels: Of that network.
+        density: As for :func:`prune_filters`, of all channels whatever ``within`` says.
+        criterion: A key of ``FILTER_CRITERIA``.
+        scope: ``layer`` or ``global``.
+        multiple: Kept channels are rounded up to a multiple of this.
+        least: Channels that stay in each group.
+        seed: For random scores.
+        within: What an earlier round left: channels it removed do not come back.
 
     Raises:
         DataError: A score is not finite.
@@ -131,6 +143,7 @@ def choose_channels(
         if not bool(torch.isfinite(scores).all()):
             raise DataError(f"scores of {', '.join(group.layers)}: expected finite numbers")
         ranked.append(scores.cpu().float())
+    _forget(ranked, channels.groups, within)
     counts = [int(g.channels * s + 1e-9) for g, s in zip(channels.groups, shares, strict=True)]
     floors = [min(least, group.channels) for group in channels.groups]
     if scope == "global":
@@ -139,9 +152,9 @@ def choose_channels(
         for index, count in _global_counts(ranked, rivals, total, floors).items():
             counts[index] = count
     kept = []
-    for group, scores, count, floor in zip(channels.groups, ranked, counts, floors, strict=True):
+    for scores, count, floor in zip(ranked, counts, floors, strict=True):
         rounded = -(-max(count, floor) // multiple) * multiple
-        kept.append(_best(scores, min(rounded, group.channels)))
+        kept.append(_best(scores, min(rounded, int(torch.isfinite(scores).sum()))))
     return _delta(channels.groups, kept)
 
 
@@ -254,6 +267,16 @@ def _delta(groups: Sequence[ChannelGroup], kept: Sequence[Tensor]) -> Delta:
     return Delta(tuple(g for g, _ in smaller), tuple(k for _, k in smaller))
 
 
+def _forget(scores: Sequence[Tensor], groups: Sequence[ChannelGroup], within: Delta | None) -> None:
+    """Ranks what an earlier round removed below everything."""
+    left = {} if within is None else dict(zip(within.groups, within.kept, strict=True))
+    for group, ranked in zip(groups, scores, strict=True):
+        if group in left:
+            gone = torch.ones(group.channels, dtype=torch.bool)
+            gone[list(left[group])] = False
+            ranked[gone] = -torch.inf
+
+
 def _best(scores: Tensor, count: int) -> Tensor:
     """Indices of the ``count`` largest, increasing; among equals the earlier."""
     return torch.sort(scores, descending=True, stable=True).indices[:count].sort().values
@@ -265,7 +288,8 @@ def _global_counts(
     """How many channels of each rival group are among the best of all, none below its floor."""
     relative = []
     for index in rivals:
-        relative.append(scores[index] / scores[index].abs().mean().clamp_min(1e-30))
+        size = scores[index][torch.isfinite(scores[index])].abs().mean()
+        relative.append(scores[index] / size.clamp_min(1e-30))
         relative[-1][_best(scores[index], floors[index])] = torch.inf
     owner = torch.cat([torch.full((len(scores[index]),), index) for index in rivals])
     least = sum(floors[index] for index in rivals)

@@ -175,15 +175,40 @@ class Delta:
         Raises:
             ShapeError: An axis has another length than when the delta was made.
         """
-        named = {slot.tensor for group in self.groups for slot in group.slots}
-        shapes = {name: tensor.shape for name, tensor in tensors.items()}
-        absent = dict.fromkeys(named - set(shapes))
-        masks = self._masks_of_present(shapes, set(absent))
+        masks = self._masks_of_present({name: tensor.shape for name, tensor in tensors.items()})
         return {name: _cut(tensor, masks.get(name, {})) for name, tensor in tensors.items()}
 
-    def _masks_of_present(self, shapes: Mapping[str, Sequence[int]], absent: set[str]) -> Axes:
+    def expand(
+        self, tensors: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]]
+    ) -> dict[str, Tensor]:
+        """The inverse of :meth:`slice`, with 0 in every place that was removed.
+
+        Args:
+            tensors: Of the shrunk network.
+            shapes: Of the same tensors in the original network.
+
+        Raises:
+            ShapeError: A tensor does not fill the places that stay.
+        """
+        masks = self._masks_of_present({name: shapes[name] for name in tensors})
+        full = {}
+        for name, tensor in tensors.items():
+            axes, shape = masks.get(name, {}), tuple(shapes[name])
+            places = [torch.arange(size) for size in shape]
+            for axis, mask in axes.items():
+                places[axis] = mask.nonzero().reshape(-1)
+            if tuple(tensor.shape) != tuple(len(place) for place in places):
+                expected = tuple(len(place) for place in places)
+                raise ShapeError(explain_mismatch(name, expected, tuple(tensor.shape)))
+            full[name] = tensor.detach().clone() if not axes else tensor.new_zeros(shape)
+            if axes:
+                full[name][torch.meshgrid(*places, indexing="ij")] = tensor
+        return full
+
+    def _masks_of_present(self, shapes: Mapping[str, Sequence[int]]) -> Axes:
+        """Masks of the tensors in ``shapes``; others may be absent."""
         groups = [
-            ChannelGroup(group.channels, tuple(s for s in group.slots if s.tensor not in absent))
+            ChannelGroup(group.channels, tuple(s for s in group.slots if s.tensor in shapes))
             for group in self.groups
         ]
         return Delta(tuple(groups), self.kept).masks(shapes)
