@@ -13,12 +13,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lottery_cases import blobs, one_thread  # noqa: F401
+from lottery_cases import KilledError, blobs, one_thread  # noqa: F401
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparselt import errors
-from sparselt.lottery import Data, Recipe, Training, train
+from sparselt.lottery import Data, Recipe, Step, Training, load_data, train
 from sparselt.lottery.edge_popup import (
     FROZEN_WEIGHTS,
     Supermask,
@@ -271,6 +271,42 @@ class TestFindSupermask:
         for name, mask in both.items():
             assert torch.equal(ticket.weights[name][mask], untrained.weights[name][mask])
             assert not torch.equal(ticket.masks[name], untrained.masks[name])
+
+    def test_a_killed_search_goes_on_to_the_same_ticket(self, tmp_path: Path) -> None:
+        def kill(step: Step) -> None:
+            if step.iteration == 20:
+                raise KilledError
+
+        masked = add_supermasks(network(), 0.4)
+        begun = copy.deepcopy(masked)
+        train(masked, blobs(), Training(RECIPE))
+        file = tmp_path / "checkpoint.pt"
+        with pytest.raises(KilledError):
+            train(
+                begun,
+                blobs(),
+                Training(RECIPE, progress=kill, checkpoint=file, checkpoint_seconds=0),
+            )
+        resumed = add_supermasks(network(), 0.4)
+        train(resumed, blobs(), Training(RECIPE, checkpoint=file))
+
+        want, got = read_supermasks(masked), read_supermasks(resumed)
+        assert all(torch.equal(mask, got.masks[name]) for name, mask in want.masks.items())
+        assert all(torch.equal(value, got.weights[name]) for name, value in want.weights.items())
+
+    def test_accuracy_against_the_fraction_kept_is_a_hill(self) -> None:
+        pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
+        digits = load_data("digits")
+        recipe = Recipe(data="digits", lr=3e-3, iterations=150, evaluate_every=150)
+
+        low, middle, high = (
+            find_supermask("lenet_300_100", digits, recipe, share).meta["metrics"]
+            for share in (0.01, 0.5, 0.99)
+        )
+
+        assert middle["test_accuracy"] > 0.85
+        assert low["test_accuracy"] < middle["test_accuracy"] - 0.1
+        assert high["test_accuracy"] < middle["test_accuracy"] - 0.1
 
     def test_repeats_to_the_bit(self) -> None:
         first, again = (find_supermask(network(), blobs(), RECIPE, {"*": 0.3}) for _ in range(2))
