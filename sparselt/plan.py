@@ -22,6 +22,7 @@ __all__ = [
     "Facts",
     "KernelInfo",
     "Plan",
+    "block_for",
     "candidates",
     "choose",
 ]
@@ -162,10 +163,23 @@ def candidates(facts: Facts, kernels: Sequence[KernelInfo]) -> tuple[Candidate, 
     for kernel in kernels:
         if wanted in kernel.operations:
             refusal = _refusal(facts, kernel)
-            verdict, block = refusal or "applies", _block_for(facts, kernel)
+            verdict, block = refusal or "applies", block_for(facts, kernel)
             found.append(Candidate(kernel.name, kernel.format, not refusal, verdict, block))
     found.append(Candidate(DENSE, DENSE, True, "always applies"))
     return tuple(found)
+
+
+def block_for(facts: Facts, kernel: KernelInfo) -> tuple[int, int]:
+    """The blocks (rows, cols) that a kernel wants a layer's weight packed in; (1, 1) for none.
+
+    Args:
+        facts: the layer; its density sets the column blocks of SELL.
+        kernel: its tile sets the slice height of SELL.
+    """
+    if kernel.format == "sell":
+        cols = _SPARSE_BLOCK_COLS if facts.density < _SPARSE_BELOW else _BLOCK_COLS
+        return (kernel.tile_rows if kernel.tile_rows > 1 else _ANY_HEIGHT, cols)
+    return facts.block if kernel.format == "bsr" else (1, 1)
 
 
 def choose(
@@ -243,13 +257,6 @@ def _refusal(facts: Facts, kernel: KernelInfo) -> str:
     if not kernel.usable:
         return kernel.reason or "not usable on this machine"
     return ""
-
-
-def _block_for(facts: Facts, kernel: KernelInfo) -> tuple[int, int]:
-    if kernel.format == "sell":
-        cols = _SPARSE_BLOCK_COLS if facts.density < _SPARSE_BELOW else _BLOCK_COLS
-        return (kernel.tile_rows if kernel.tile_rows > 1 else _ANY_HEIGHT, cols)
-    return facts.block if kernel.format == "bsr" else (1, 1)
 
 
 def _with_times(
@@ -359,11 +366,19 @@ def _sparse(considered: tuple[Candidate, ...], item: Candidate, reason: str) -> 
 
 
 def _why_none(considered: tuple[Candidate, ...], format: str) -> str:
-    refusals = [f"{c.kernel}: {c.verdict}" for c in considered if not c.applies]
-    if format != "auto":
-        refusals = [f"{c.kernel}: {c.verdict}" for c in considered if c.format == format]
-        return f"no {format} kernel applies" + (f" ({'; '.join(refusals)})" if refusals else "")
-    return "no sparse kernel applies" + (f" ({'; '.join(refusals)})" if refusals else "")
+    """Each reason once, with the kernel where it is the reason of one alone."""
+    asked = [c for c in considered if not c.applies and format in ("auto", c.format)]
+    # Kernels of another device are worth a word only where there are no others.
+    here = [c for c in asked if not c.verdict.startswith("runs on ")] or asked
+    by_verdict: dict[str, list[str]] = {}
+    for item in here:
+        by_verdict.setdefault(item.verdict, []).append(item.kernel)
+    refusals = [
+        f"{names[0]}: {verdict}" if len(names) == 1 else verdict
+        for verdict, names in by_verdict.items()
+    ]
+    kind = "sparse" if format == "auto" else format
+    return f"no {kind} kernel applies" + (f" ({'; '.join(refusals)})" if refusals else "")
 
 
 def _us(value: float) -> str:

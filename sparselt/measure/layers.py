@@ -2,8 +2,9 @@
 """Single layers: every kernel that fits, against torch and numpy, inside one process.
 
 Outputs are checked against float64 with the dot-product bound before anything is timed, and the
-candidates take turns. One process is fair here because all of them run in torch's thread pool
-(numpy brings its own, and is left out where its threads cannot be made equal).
+candidates take turns. One process is fair here because all of them run in torch's thread pool.
+numpy brings its own threads, which spin for some 25 ms after a call and would slow whoever comes
+next: it is timed after the others, and left out where its threads cannot be made equal.
 """
 
 from __future__ import annotations
@@ -28,11 +29,12 @@ from sparselt.formats import SparseWeight, pack
 from sparselt.measure.machine import cache_bytes, header
 from sparselt.measure.suites import Layer, random_mask, real_mask
 from sparselt.measure.timer import Flush, Timing, interleave, speedup
-from sparselt.plan import KernelInfo
+from sparselt.plan import Facts, KernelInfo, block_for
 
 __all__ = ["Contender", "Problem", "bench_layers", "contenders", "problem"]
 
 _UNIT_ROUNDOFF = 2.0**-24
+_SPIN_SECONDS = 0.05
 _LARGEST_FLUSH_BYTES = 256 << 20
 
 
@@ -176,22 +178,24 @@ def contenders(
         kernels: the registry, by default `sparselt.ops.kernels()`.
     """
     found = list(_dense_contenders(case))
-    packed: dict[str, tuple[SparseWeight, float]] = {}
+    packed: dict[tuple[str, tuple[int, int]], tuple[SparseWeight, float]] = {}
     registry_op = "conv2d" if case.op == "conv2d" else "spmm"
+    facts = Facts(case.op, tuple(case.weight.shape), int(case.mask.sum()), block=case.block)
     for info in ops.kernels() if kernels is None else kernels:
-        if info.op != registry_op or info.device != "cpu":
+        if registry_op not in info.operations or info.device != "cpu":
             continue
         if info.format == "bsr" and case.block == (1, 1):
             continue
         if not info.usable:
             found.append(Contender(info.name, False, lambda: None, 0, absent=info.reason))
             continue
-        if info.format not in packed:
+        block = block_for(facts, info)
+        if (info.format, block) not in packed:
             start = time.perf_counter()
-            block = case.block if info.format == "bsr" else None
-            weight = pack(case.weight, case.mask, format=info.format, block=block)
-            packed[info.format] = (weight, 1e6 * (time.perf_counter() - start))
-        weight, pack_us = packed[info.format]
+            wanted = None if block == (1, 1) else block
+            weight = pack(case.weight, case.mask, format=info.format, block=wanted)
+            packed[info.format, block] = (weight, 1e6 * (time.perf_counter() - start))
+        weight, pack_us = packed[info.format, block]
         run = _kernel_run(case, weight, info.name)
         found.append(Contender(info.name, False, run, weight.nbytes, pack_us))
     return [item for item in found if not only or item.name in only]
@@ -257,8 +261,12 @@ def _bench_one(
     runs = {
         item.name: item.run for item, row in zip(items, rows, strict=True) if row["status"] == "ok"
     }
+    flush = Flush(_flush_bytes()) if cold else None
+    apart = {name: runs.pop(name) for name in ("numpy_dense",) if name in runs}
+    time.sleep(_SPIN_SECONDS if apart else 0.0)
     with limits, torch.inference_mode():
-        times = interleave(runs, seconds=seconds, flush=Flush(_flush_bytes()) if cold else None)
+        times = interleave(runs, seconds=seconds, flush=flush) if runs else {}
+        times |= interleave(apart, seconds=seconds, flush=flush) if apart else {}
     dense = [row["engine"] for row in rows if row["dense"] and row["engine"] in times]
     best = min(dense, key=lambda name: times[name].median_us) if dense else ""
     for row in rows:
