@@ -76,7 +76,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "program": WHOLE_MODEL - {"program"},
     "measure": WHOLE_MODEL | {"reference", "sparselt"},
     "quickstart": EVERYTHING,
-    "cli": EVERYTHING | {"quickstart"},
+    "frontier": EVERYTHING,
+    "cli": EVERYTHING | {"frontier", "quickstart"},
     "__main__": {"cli"},
 }
 

@@ -1,0 +1,288 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Accuracy against measured latency, for one network over structures of pruning and densities.
+
+FLOPs and parameters say little about time. Here every ticket of every structure is run on this
+machine: masks through ``sparselt.compile``, whole channels as the smaller dense networks they are.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+import sparselt
+from sparselt import lottery
+from sparselt.errors import OptionError, explain_mismatch
+from sparselt.lottery.chart import Line, Panel, draw_chart
+from sparselt.lottery.networks import Factory, build, factory_of
+from sparselt.lottery.seeds import derived_seed
+from sparselt.lottery.structured_search import STRUCTURE, run_structured_levels
+from sparselt.lottery.structures import NOfM, parse_structure
+from sparselt.measure.machine import header, one_line
+from sparselt.measure.report import write_json, write_text
+from sparselt.measure.timer import interleave, speedup
+from sparselt.measure.worker import output_error
+from sparselt.tickets.architecture import shrink
+
+__all__ = ["Point", "draw_frontier", "measure_frontier", "undominated", "write_frontier"]
+
+DENSE = "dense"
+_TOLERANCE = 1e-4
+# draw_chart tells six lines apart.
+_MOST_STRUCTURES = 6
+
+
+@dataclass(frozen=True)
+class Point:
+    """One ticket of one structure, run at one batch size.
+
+    Attributes:
+        structure: ``dense`` for the original network, ``channels`` for a shrunk one, otherwise a
+            pruning unit such as ``4x1``.
+        seed: Of the search.
+        level: Pruning rounds.
+        density: Weights left, over those of the original network that can be pruned.
+        test_accuracy: From 0 to 1.
+        batch: Inputs a call.
+        latency_us: Median time of a call of ``sparselt.compile``'s program.
+        eager_us: The same network, zeros and all, in torch eager.
+        dense_us: The original network in torch eager, in turns with the two above.
+        speedup: ``dense_us / latency_us``, with its 95 % interval.
+        error: Largest output error against torch eager, relative to the largest output; above
+            0.0001 there are no times.
+    """
+
+    structure: str
+    seed: int
+    level: int
+    density: float
+    test_accuracy: float
+    batch: int
+    latency_us: float | None
+    eager_us: float | None
+    dense_us: float | None
+    speedup: tuple[float, float, float] | None
+    error: float
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A ticket in its network, before it is timed."""
+
+    structure: str
+    level: int
+    density: float
+    accuracy: float
+    model: nn.Module
+
+
+def measure_frontier(
+    recipe: lottery.Recipe,
+    structures: Sequence[str] = ("1x1", "4x1", "16x1", STRUCTURE),
+    *,
+    seeds: Sequence[int] = (0,),
+    batches: Sequence[int] = (1, 64),
+    network: str | Factory | None = None,
+    data: str | lottery.Data | None = None,
+    folder: str | Path | None = None,
+    seconds: float = 0.3,
+    progress: Callable[[str], None] | None = None,
+) -> list[Point]:
+    """Finds tickets of every structure and times them on this machine.
+
+    Args:
+        recipe: Settings of the searches; ``structure`` is set to each in turn. N:M takes M - N
+            levels whatever the recipe says.
+        structures: What ``Recipe.structure`` takes, and ``channels``; at most six.
+        seeds: One search a structure each.
+        batches: Batch sizes to time.
+        network: By default the recipe's.
+        data: By default the recipe's.
+        folder: Where the searches are kept and go on.
+        seconds: Least measured time of each network.
+        progress: Called with a line about what was just found.
+
+    Returns:
+        The original network first, then the tickets, for each seed and batch size.
+
+    Raises:
+        OptionError: A structure, batch or setting makes no sense.
+        DataError: The data are absent, or training diverged.
+    """
+    if not 0 < len(structures) <= _MOST_STRUCTURES or min(batches, default=0) < 1:
+        expected = f"1 to {_MOST_STRUCTURES} structures and batches of at least 1"
+        got = f"{len(structures)} and {list(batches)}"
+        raise OptionError(explain_mismatch("frontier", expected, got))
+    chosen = data if data is not None else recipe.data
+    loaded = lottery.load_data(chosen) if isinstance(chosen, str) else chosen
+    factory = factory_of(network or recipe.network, loaded.shape, loaded.classes)
+    points = []
+    for seed in seeds:
+        dense: nn.Module | None = None
+        for structure in structures:
+            one = replace(_for_structure(recipe, structure), seed=seed)
+            for found in _tickets(factory, loaded, one, folder):
+                if not found.level and dense is not None:
+                    continue
+                dense = dense or found.model
+                for batch in batches:
+                    inputs = loaded.test[0][:batch]
+                    points.append(_timed(found, dense, inputs, seed, seconds))
+                    if progress is not None:
+                        progress(_line(points[-1]))
+    return points
+
+
+def undominated(points: Sequence[Point], batch: int) -> list[Point]:
+    """The frontier: points of one batch size that no other beats in accuracy and in latency.
+
+    Points of several seeds count by their means; the first seed's point stands for them.
+
+    Args:
+        points: From :func:`measure_frontier`; those without times are left out.
+        batch: The batch size.
+
+    Returns:
+        Fastest first, so least accurate first.
+    """
+    means = []
+    for group in _by_ticket(points, batch):
+        latency = statistics.fmean(p.latency_us for p in group if p.latency_us is not None)
+        means.append((latency, -statistics.fmean(p.test_accuracy for p in group), group[0]))
+    best: list[Point] = []
+    least_error = float("inf")
+    for _, negative_accuracy, point in sorted(means, key=lambda entry: entry[:2]):
+        if negative_accuracy < least_error:
+            best.append(point)
+            least_error = negative_accuracy
+    return best
+
+
+def write_frontier(
+    points: Sequence[Point], recipe: lottery.Recipe, path: str | Path, command: str | None = None
+) -> None:
+    """Writes the record as JSON with the machine's header, and the same rows as CSV beside it.
+
+    Args:
+        points: From :func:`measure_frontier`.
+        recipe: What they were found with.
+        path: The JSON file; the CSV has the same stem.
+        command: What to record as the command.
+    """
+    path = Path(path)
+    machine = header() if command is None else header(command)
+    rows = [asdict(point) for point in points]
+    result = {"kind": "frontier", "machine": machine, "recipe": asdict(recipe), "rows": rows}
+    write_json(path, result)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, [item.name for item in fields(Point)], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({**row, "speedup": (row["speedup"] or [""])[0]} for row in rows)
+    write_text(path.with_suffix(".csv"), text.getvalue())
+
+
+def draw_frontier(points: Sequence[Point], title: str, path: str | Path) -> None:
+    """One panel a batch size: accuracy against latency, faster to the right, a line a structure.
+
+    Args:
+        points: From :func:`measure_frontier`.
+        title: What was run.
+        path: The PNG to write.
+
+    Raises:
+        MissingDependencyError: matplotlib is not installed.
+    """
+    panels = []
+    for batch in dict.fromkeys(point.batch for point in points):
+        dense = [p for p in points if p.batch == batch and p.structure == DENSE and p.latency_us]
+        lines = []
+        for structure in dict.fromkeys(p.structure for p in points if p.structure != DENSE):
+            places: dict[float, list[float]] = {}
+            for group in _by_ticket(points, batch):
+                if group[0].structure == structure:
+                    latency = statistics.fmean(p.latency_us or 0.0 for p in group)
+                    places[latency] = [100 * p.test_accuracy for p in group]
+            lines.append(Line(structure, places))
+        accuracy = statistics.fmean(100 * p.test_accuracy for p in dense)
+        time = statistics.fmean(p.latency_us or 0.0 for p in dense)
+        marks = {f"dense: {time:.0f} us": accuracy}
+        label = f"latency of a batch of {batch} (us), faster to the right"
+        panels.append(Panel(title, label, "test accuracy (%)", lines, marks, shrinking=True))
+    draw_chart(panels, f"{title}; {one_line(header())}", path)
+
+
+def _for_structure(recipe: lottery.Recipe, structure: str) -> lottery.Recipe:
+    if structure == STRUCTURE:
+        return replace(recipe, structure=STRUCTURE)
+    unit = parse_structure(structure)
+    levels = unit.m - unit.n if isinstance(unit, NOfM) else recipe.levels
+    return replace(recipe, structure=structure, levels=levels)
+
+
+def _tickets(
+    factory: Factory, data: lottery.Data, recipe: lottery.Recipe, folder: str | Path | None
+) -> Iterator[_Found]:
+    """Every level of one search, its weights in a network in evaluation mode."""
+    seed = derived_seed(recipe.seed, "weights")
+    if recipe.structure == STRUCTURE:
+        for small in run_structured_levels(factory, data, recipe, folder=folder):
+            model = small.ticket.apply(shrink(build(factory, seed), small.delta)).eval()
+            name = STRUCTURE if small.index else DENSE
+            yield _Found(name, small.index, small.density, small.outcome.test_accuracy, model)
+        return
+    for level in lottery.run_levels(factory, data, recipe, folder=folder):
+        model = level.ticket.apply(build(factory, seed)).eval()
+        name = recipe.structure if level.index else DENSE
+        yield _Found(name, level.index, level.density, level.outcome.test_accuracy, model)
+
+
+def _timed(found: _Found, dense: nn.Module, inputs: Tensor, seed: int, seconds: float) -> Point:
+    with torch.inference_mode():
+        program = sparselt.compile(found.model, (inputs,))
+        wanted = found.model(inputs)
+        error = output_error([program(inputs)], (wanted.double(),))
+        point = Point(
+            found.structure, seed, found.level, found.density, found.accuracy, len(inputs),
+            None, None, None, None, error,
+        )  # fmt: skip
+        if error > _TOLERANCE:
+            return point
+        times = interleave(
+            {
+                "dense": lambda: dense(inputs),
+                "eager": lambda: found.model(inputs),
+                "sparselt": lambda: program(inputs),
+            },
+            seconds=seconds,
+        )
+    return replace(
+        point,
+        latency_us=times["sparselt"].median_us,
+        eager_us=times["eager"].median_us,
+        dense_us=times["dense"].median_us,
+        speedup=speedup(times["dense"], times["sparselt"]),
+    )
+
+
+def _by_ticket(points: Sequence[Point], batch: int) -> list[list[Point]]:
+    """Points of one batch size that have times, the seeds of each ticket together."""
+    groups: dict[tuple[str, int], list[Point]] = {}
+    for point in points:
+        if point.batch == batch and point.latency_us is not None:
+            groups.setdefault((point.structure, point.level), []).append(point)
+    return list(groups.values())
+
+
+def _line(point: Point) -> str:
+    time = "wrong output" if point.latency_us is None else f"{point.latency_us:.0f} us"
+    return (
+        f"seed {point.seed}, {point.structure} level {point.level}: density {point.density:.3f}, "
+        f"accuracy {point.test_accuracy:.4f}, batch {point.batch}: {time}"
+    )
