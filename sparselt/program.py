@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -139,6 +139,13 @@ class Program:
         key = _signature(leaves, spec)
         run = self._routes.get(key)
         return (run or self._add_route(key, leaves, spec))(leaves)
+
+    def __reduce__(self) -> NoReturn:
+        """A program is bound to this process and CPU: it is neither copied nor pickled."""
+        raise OptionError(
+            "a Program cannot be copied or pickled: save the model, or the result of "
+            "sparselt.convert, and compile it where it is to run"
+        )
 
     def explanation(self) -> Explanation:
         """The layers as planned for the example inputs, and what runs in torch."""

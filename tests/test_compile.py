@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import json
+import pickle
 import threading
 import time
 import warnings
@@ -208,6 +209,27 @@ def test_a_converted_model_is_compiled_as_the_dense_one_was(always_sparse):
     program = sparselt.compile(sparselt.convert(model, format="csr"), x)
     assert len(sparselt.explain(program)) == 9
     assert_same(program(x), model(x).detach())
+
+
+@pytest.mark.parametrize("duplicate", [pickle.dumps, copy.copy, copy.deepcopy])
+def test_a_program_says_that_it_cannot_be_copied(duplicate):
+    program = sparselt.compile(nn.Linear(2, 2), torch.ones(1, 2))
+    with pytest.raises(OptionError, match="save the model"):
+        duplicate(program)
+
+
+def test_no_images_at_all_are_a_batch_too(always_sparse):
+    program = sparselt.compile(make("residual"), input_for("residual", 2))
+    assert program(input_for("residual", 0)).shape == (0, 10)
+
+
+def test_half_precision_models_run_in_their_type():
+    model = make("residual").bfloat16()
+    x = input_for("residual", 2).bfloat16()
+    program = sparselt.compile(model, x)
+    assert program(x).dtype is torch.bfloat16
+    torch.testing.assert_close(program(x), model(x).detach(), rtol=0.05, atol=0.05)
+    assert "the weight is bfloat16" in sparselt.explain(program)[0].reason
 
 
 def test_several_threads_may_call_one_program(always_sparse):

@@ -145,6 +145,13 @@ def test_no_usable_kernel_means_dense_with_every_refusal_told():
     )
 
 
+def test_a_refusal_that_kernels_share_is_told_once_and_other_devices_are_not():
+    kernels = [kernel("csr_spmm_a"), kernel("csr_spmm_b"), kernel("csr_spmm_c", device="cuda")]
+    assert choose(replace(THIN, dtype="float16"), kernels).reason == (
+        "stays dense: no sparse kernel applies (computes float32, the weight is float16)"
+    )
+
+
 def test_an_obstacle_keeps_a_layer_dense_even_when_a_kernel_is_forced():
     plan = choose(replace(THIN, obstacle="it is odd"), KERNELS, forced="csr_spmm_fast")
     assert plan.reason == "stays dense: it is odd"
