@@ -28,7 +28,8 @@ def quickstart_table(result: dict[str, Any]) -> str:
         f"  - {line.strip()}" if line.startswith(" ") else f"- {line}"
         for line in quickstart.verdicts(result)
     )
-    return f"{table}\n\n{sentences}\n\nMachine: {one_line(result['machine'])}."
+    indented = table.replace("|   ", "| &nbsp;&nbsp;")
+    return f"{indented}\n\n{sentences}\n\nMachine: {one_line(result['machine'])}."
 
 
 def kernel_table(result: dict[str, Any]) -> str:

@@ -263,10 +263,14 @@ def _run_convert(arguments: argparse.Namespace) -> int:
 
 
 def _run_bench_model(arguments: argparse.Namespace) -> int:
+    from sparselt import lottery
     from sparselt.measure import model, networks, report
 
     shape = _sizes(arguments.input, ",", None, "--input") if arguments.input else None
-    built = networks.pruned_network(arguments.network, shape, arguments.ticket, arguments.density)
+    spec: str | networks.Network = arguments.network
+    if shape and spec in lottery.NETWORKS:
+        spec = networks.Network(lambda: lottery.NETWORKS[arguments.network](shape, 10))
+    built = networks.pruned_network(spec, shape, arguments.ticket, arguments.density)
     engines = arguments.engines.split(",") if arguments.engines else None
     results = []
     for batch in arguments.batch:

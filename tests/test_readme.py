@@ -40,7 +40,8 @@ def test_commands_of_the_table_parse(words: str, monkeypatch: pytest.MonkeyPatch
 
 
 def test_linked_files_exist() -> None:
-    links = [link for link in re.findall(r"\]\(([^)]+)\)", README) if "://" not in link]
+    text = re.sub(r"```.*?```", "", README, flags=re.DOTALL)
+    links = [link for link in re.findall(r"\]\(([^)]+)\)", text) if "://" not in link]
     assert links
     assert not [link for link in links if not (ROOT / link).exists()]
 

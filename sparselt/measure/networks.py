@@ -190,7 +190,7 @@ class Pruned:
 
 
 def pruned_network(
-    spec: str,
+    spec: str | Network,
     shape: tuple[int, ...] | None = None,
     ticket: str | Path | None = None,
     density: float = 0.1,
@@ -199,7 +199,7 @@ def pruned_network(
     """Build a network and put a ticket's weights, or random zeros, into it.
 
     Args:
-        spec: see `network`.
+        spec: a `Network`, or what `network` takes.
         shape: of one input; needed for networks that are not in `NETWORKS`.
         ticket: any file that `load_ticket` reads.
         density: share of kept weights of every layer without a ticket.
@@ -213,7 +213,7 @@ def pruned_network(
         >>> pruned_network("lenet").shape
         (784,)
     """
-    found = network(spec)
+    found = network(spec) if isinstance(spec, str) else spec
     shape = shape or found.shape
     if shape is None:
         raise OptionError(f"{spec}: say the shape of one input, for example --input 3,32,32")
