@@ -168,6 +168,9 @@ def _bake(module: nn.Module) -> Tensor | None:
         elif type(hook).__name__ == "SpectralNorm":
             nn.utils.remove_spectral_norm(module, name or "weight")
     if parametrize.is_parametrized(module):
+        # Torch removes the property from the module's class, which the copy shares with the model.
+        shared = type(module)
+        module.__class__ = type(shared.__name__, shared.__bases__, dict(shared.__dict__))
         for name in list(module.parametrizations):  # type: ignore[arg-type]
             parametrize.remove_parametrizations(module, name, leave_parametrized=True)
             # Torch leaves a buffer where several tensors made up the weight.

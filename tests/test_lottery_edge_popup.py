@@ -17,6 +17,7 @@ from lottery_cases import KilledError, blobs, one_thread  # noqa: F401
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import sparselt
 from sparselt import errors
 from sparselt.lottery import Data, Recipe, Step, Training, load_data, train
 from sparselt.lottery.edge_popup import (
@@ -253,6 +254,22 @@ class TestTicket:
 
         assert list(model.state_dict()) == list(before)
         assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+    @by_case
+    def test_conversion_bakes_supermasks_and_leaves_the_network_alone(
+        self, factory: Callable[[], nn.Module], data: Callable[[], Data]
+    ) -> None:
+        model = add_supermasks(factory(), 0.1).eval()
+        inputs = data().test[0]
+        before = model(inputs)
+
+        converted = sparselt.convert(model, format="csr")
+
+        assert torch.equal(model(inputs), before)
+        assert torch.allclose(converted(inputs), before, rtol=1e-4, atol=1e-5)
+        assert all(
+            parameter.requires_grad for n, parameter in model.named_parameters() if "scores" in n
+        )
 
     def test_a_plain_network_has_none_to_read(self) -> None:
         with pytest.raises(errors.OptionError, match="add_supermasks first"):
