@@ -170,6 +170,11 @@ def test_computed_weights_become_plain_ones(wrap):
     assert isinstance(sparse[0], SparseLinear)
     assert sparse[0].weight.nnz == 8
     assert_same(sparse(x), want)
+    # The original still computes its weight, from what may have changed since.
+    assert_same(model(x), want)
+    for parameter in model.parameters():
+        parameter.mul_(2)
+    assert not torch.allclose(model(x), want)
 
 
 class Masked(nn.Module):
