@@ -16,7 +16,7 @@ from lottery_cases import one_thread, run_ladder  # noqa: F401
 from torch import Tensor, nn
 
 from sparselt import errors
-from sparselt.lottery import CRITERIA, NETWORKS, Data, Recipe
+from sparselt.lottery import CRITERIA, NETWORKS, Data, Recipe, recipe_of
 from sparselt.lottery.criteria import Subject
 from sparselt.lottery.masks import (
     Group,
@@ -31,6 +31,7 @@ from sparselt.lottery.structures import Blocks
 
 ONE = Blocks(1, 1)
 
+OUTPUT = {"cifar10_vgg_19": ("54",), "cifar10_resnet_20": ("linear",)}
 LENET = [100, 80.0, 64.1, 51.3, 41.1, 32.9, 26.3, 21.1, 16.9, 13.5, 10.8, 8.7, 7.0, 5.6, 4.5, 3.6,
          2.9, 2.3, 1.9, 1.5]  # fmt: skip
 
@@ -65,6 +66,14 @@ def test_convolutional_ladders_pass_through_the_published_labels(
     assert steps == sorted(steps, reverse=True)
     for label in labels:
         assert min(abs(step - label) for step in steps) <= 0.0501
+
+
+def test_deep_recipes_end_at_the_published_densities() -> None:
+    for name, label in (("cifar10_vgg_19", 1.5), ("cifar10_resnet_20", 13.4)):
+        recipe = recipe_of(name)
+        convolutions = ladder(recipe.network, (3, 32, 32), replace(recipe, ignore=OUTPUT[name]))
+
+        assert convolutions[-1] == pytest.approx(label, abs=0.0501)
 
 
 def two_layers() -> nn.Sequential:
