@@ -156,6 +156,13 @@ class TestRestarts:
                 )
             assert [row[0] for row in after.outcome.history] == looks
 
+    def test_controls_that_start_over_train_as_long_as_the_dense_network(self) -> None:
+        recipe = replace(RECIPE, restart="fine_tune", rewind=10, levels=1)
+        level = run(recipe, controls=("reinit", "shuffle"))[1]
+
+        assert [row[0] for row in level.controls["reinit"].history] == [10, 20, 30]
+        assert [row[0] for row in level.controls["shuffle"].history] == [40, 50]
+
     def test_unknown_restarts_are_refused(self) -> None:
         with pytest.raises(errors.OptionError, match="fine_tune"):
             run(replace(RECIPE, restart="again"))

@@ -271,7 +271,8 @@ class _Search:
         how = Training(
             self.recipe,
             start=arm.start,
-            stop=self.restart.stop(self.recipe) if index else None,
+            # Controls that start over train as long as the dense network did.
+            stop=self.restart.stop(self.recipe) if index and arm.start else None,
             order_seed=derived_seed(self.recipe.seed, "order"),
             loss=self.loss,
             observe=observe,
