@@ -26,8 +26,8 @@ DENSE = {"spmm": ("torch_dense", "torch_csr"), "conv2d": ("torch_dense", "torch_
 
 def engines(op: str) -> list[str]:
     """Names of all that can be timed for "spmm" or "conv2d": torch's, then our CPU kernels."""
-    ours = [k.name for k in ops.kernels() if k.op == op and k.device == "cpu" and k.format == "csr"]
-    return [*DENSE[op], *ours]
+    ours = [k for k in ops.kernels() if op in k.operations and k.device == "cpu"]
+    return [*DENSE[op], *(k.name for k in ours if k.format != "bsr")]
 
 
 def case_id(layer: Layer, density: float) -> str:

@@ -201,7 +201,6 @@ def _show(*parts: RenderableType) -> None:
 
 @contextmanager
 def _status() -> Iterator[Callable[[str], None]]:
-    """A line on the terminal's error stream that says what is being done."""
     from rich.console import Console
 
     with Console(stderr=True).status("starting") as status:
@@ -230,9 +229,10 @@ def _run_doctor(arguments: argparse.Namespace) -> int:
     from sparselt.measure import doctor, report
 
     result = doctor.doctor()
+    lines = doctor.kernel_lines(result["kernels"])
     _show(
         report.rich_table("This installation", doctor.FACT_COLUMNS, result["rows"]),
-        report.rich_table("Kernels", doctor.KERNEL_COLUMNS, result["kernels"]),
+        report.rich_table("Kernels", doctor.KERNEL_COLUMNS, lines),
         doctor.ADVICE,
     )
     _keep(arguments, result)

@@ -106,7 +106,7 @@ def test_bench_kernel_and_compare(tmp_path: Path, capsys: pytest.CaptureFixture[
         assert cli.main([*words, "--json", file]) == 0
     assert "csr_spmm_scalar" in capsys.readouterr().out
     assert cli.main(["compare", *files]) == 0
-    assert "speed-up" in capsys.readouterr().out
+    assert "verdict" in capsys.readouterr().out
     assert json.loads(Path(files[0]).read_text())["machine"]["threads"] == 1
 
 

@@ -381,6 +381,6 @@ COMPARE_COLUMNS = (
     Column("engine", lambda row: str(row["engine"]), right=False, whole=True),
     Column("before", lambda row: microseconds(row["before_us"])),
     Column("after", lambda row: microseconds(row["after_us"])),
-    Column("speed-up", lambda row: f"{row['ratio']:.2f}x"),
+    Column("ratio", lambda row: f"{row['ratio']:.2f}x"),
     Column("verdict", lambda row: str(row["verdict"]), right=False),
 )
