@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparselt.errors import FormatError, OptionError
-from sparselt.lottery.networks import build
+from sparselt.lottery.networks import NETWORKS, build
 from sparselt.lottery.structured import (
     drop_masked,
     prune_filters,
@@ -47,6 +47,19 @@ def test_shrunk_network_equals_the_zeroed_one(family: str, traced: dict[str, Cha
     with torch.no_grad():
         assert_same(small(X), zeroed(model, delta)(X))
     assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize(("name", "size"), [("resnet_20", 16), ("resnet_18", 32)])
+def test_residual_networks_shrink_to_the_zeroed_ones(name: str, size: int) -> None:
+    x = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(4))
+    model = lively(lambda: NETWORKS[name]((3, size, size), 10))
+    shrunk = prune_filters(model, x, 0.5, scope="global")
+    with torch.no_grad():
+        assert_same(shrunk.model(x), zeroed(model, shrunk.delta)(x))
+    # Sums keep one width: that of the identity shortcut that runs through them.
+    for block in shrunk.model.blocks:
+        if isinstance(block.shortcut, nn.Identity):
+            assert block.conv1.in_channels == block.conv2.out_channels
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -253,7 +253,7 @@ def structured_ticket(
         A ticket whose ``meta["architecture"]`` rebuilds the network from its factory: shrink what
         the factory builds, then apply the ticket.
     """
-    state = {name: tensor.detach().clone() for name, tensor in small.state_dict().items()}
+    state = {name: t.detach().cpu().clone() for name, t in small.state_dict().items()}
     original = delta.slice(initial)
     masks = {name: torch.ones(state[name].shape, dtype=torch.bool) for name in initial}
     return Ticket(masks, state, original, {**(meta or {}), "architecture": delta.to_json()})

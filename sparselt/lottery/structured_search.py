@@ -13,10 +13,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparselt.errors import OptionError, explain_mismatch
+from sparselt.lottery import distributed
 from sparselt.lottery.data import Data, load_data
 from sparselt.lottery.filters import filter_criterion_of
 from sparselt.lottery.folder import RunFolder
@@ -74,8 +76,11 @@ def run_structured_levels(
     folder: str | Path | None = None,
     progress: Callable[[int, str, Step], None] | None = None,
     loss: Loss = F.cross_entropy,
+    device: str | torch.device = "cpu",
 ) -> Iterator[StructuredLevel]:
     """Runs a search over whole channels, level by level; level 0 is the original network.
+
+    Under torchrun all processes run the one search together, and the first of them writes.
 
     Args:
         network: A key of ``NETWORKS``, or a function that builds your network.
@@ -88,6 +93,7 @@ def run_structured_levels(
         folder: Where runs are kept and go on; without it nothing is written.
         progress: Called with (level, arm, step) at every look at the validation split.
         loss: From outputs (n, classes) and labels (n,) to a scalar.
+        device: Where to train.
 
     Yields:
         One level after another, as soon as it is trained.
@@ -98,7 +104,6 @@ def run_structured_levels(
         OptionError: The recipe, the criterion or ``controls`` name something unknown.
 
     Example:
-        >>> import torch
         >>> x, y = torch.randn(80, 4), torch.arange(80) % 2
         >>> data = Data((x, y), (x, y), (x, y), classes=2)
         >>> make = lambda: nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
@@ -106,6 +111,7 @@ def run_structured_levels(
         >>> [level.density for level in run_structured_levels(make, data, recipe)]
         [1.0, 0.5, 0.25]
     """
+    distributed.join()
     recipe = replace(recipe or Recipe(), structure=STRUCTURE, criterion=criterion)
     unknown = [name for name in controls if name not in BUDGETS]
     if unknown:
@@ -114,8 +120,10 @@ def run_structured_levels(
         raise OptionError(explain_mismatch("restart", "rewind", recipe.restart))
     filter_criterion_of(criterion)
     loaded = load_data(data) if isinstance(data, str) else data
-    search = _Search(factory_of(network, loaded.shape, loaded.classes), loaded, recipe, folder)
-    search.multiple, search.progress, search.loss = multiple, progress, loss
+    factory = factory_of(network, loaded.shape, loaded.classes)
+    search = _Search(factory, loaded, recipe, folder, torch.device(device))
+    search.multiple, search.loss = multiple, loss
+    search.progress = progress if distributed.is_leader() else None
     for index in range(number_of_levels(recipe)):
         yield search.run_level(index, controls)
 
@@ -128,15 +136,21 @@ class _Search:
     loss: Loss
 
     def __init__(
-        self, factory: Factory, data: Data, recipe: Recipe, folder: str | Path | None
+        self,
+        factory: Factory,
+        data: Data,
+        recipe: Recipe,
+        folder: str | Path | None,
+        device: torch.device,
     ) -> None:
-        self.factory, self.data, self.recipe = factory, data, recipe
+        self.factory, self.recipe, self.device = factory, recipe, device
+        self.data = data.to(device)
         self.folder = RunFolder(folder, recipe)
         self.model = build(factory, derived_seed(recipe.seed, "weights"))
         self.original = {n: t.clone() for n, t in self.model.state_dict().items()}
         self.shapes = {name: tensor.shape for name, tensor in self.original.items()}
         self.ranked = {n: t.numel() for n, t in self.original.items() if t.dim() > 1}
-        self.channels = trace_channels(self.model, data.train[0][:2])
+        self.channels = trace_channels(self.model, data.train[0][:2].cpu())
         self.rewound = None if recipe.rewind else self.original
         self.delta = Delta()
         self.trained = self.original
@@ -164,6 +178,8 @@ class _Search:
             seed=derived_seed(recipe.seed, "filters", index),
             within=self.delta,
         )
+        kept = dict(enumerate(self.delta.kept))
+        distributed.check_same({str(n): torch.tensor(k) for n, k in kept.items()}, "channels left")
 
     def _ticket(self, index: int) -> tuple[Ticket, Outcome]:
         done = self.folder.read_ticket(index)
@@ -207,7 +223,8 @@ class _Search:
     def _train(self, index: int, arm: str, model: nn.Module, recipe: Recipe) -> Outcome:
         def observe(iteration: int, trained: nn.Module) -> None:
             if recipe.rewind and iteration == recipe.rewind:
-                self.rewound = {n: t.detach().clone() for n, t in trained.state_dict().items()}
+                state = trained.state_dict()
+                self.rewound = {n: t.detach().cpu().clone() for n, t in state.items()}
                 self.folder.write_rewind(self.rewound)
 
         report = self.progress
@@ -220,4 +237,4 @@ class _Search:
             progress=report and (lambda step: report(index, arm, step)),
             checkpoint=self.folder.checkpoint(index, arm),
         )
-        return train(model, self.data, how)
+        return train(model.to(self.device), self.data, how)
