@@ -46,7 +46,6 @@ def search_together(out: Path) -> None:
         shard(torch.arange(5))
     with pytest.raises(errors.DataError, match="masks differ"):
         check_same({"w": torch.tensor([float(rank)])}, "masks")
-    distributed.destroy_process_group()
 
 
 def refuse(now: Progress) -> None:

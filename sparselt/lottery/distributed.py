@@ -9,6 +9,7 @@ failing.
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import os
 from collections.abc import Mapping
@@ -31,7 +32,10 @@ def join() -> bool:
     if not distributed.is_available() or "TORCHELASTIC_RUN_ID" not in os.environ:
         return _active()
     if not distributed.is_initialized():
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        atexit.register(_leave)
     return _active()
 
 
@@ -88,6 +92,11 @@ def check_same(tensors: Mapping[str, Tensor], what: str) -> None:
         raise DataError(
             f"{what} differ between processes; do all of them read the same data and folder?"
         )
+
+
+def _leave() -> None:
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def _active() -> bool:
