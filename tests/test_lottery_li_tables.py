@@ -15,7 +15,7 @@ from sparselt.lottery.counting import count
 from sparselt.lottery.li_tables import LI_NETWORKS, LI_RECIPES, li_costs, li_prune
 from sparselt.lottery.networks import build
 from sparselt.lottery.recipe import Recipe
-from sparselt.lottery.scratch import scratch
+from sparselt.lottery.scratch import scratch_control
 from sparselt.lottery.structured import prune_filters
 from sparselt.lottery.structured_graph import trace_channels
 from sparselt.tickets.architecture import Delta, shrink
@@ -110,11 +110,11 @@ def test_li_recipe_removes_the_smallest_filters() -> None:
 def test_scratch_draws_new_weights_for_the_small_shapes() -> None:
     delta = every_second(trace_channels(lively(Plain), X))
     recipe = Recipe(iterations=100, lr_drops=(50, 75), warmup=10, rewind=20)
-    same = scratch(Plain, delta, recipe, (3, 8, 8), "scratch_e", seed=3)
-    more = scratch(Plain, delta, recipe, (3, 8, 8), "scratch_b", seed=3, most=3.0)
+    same = scratch_control(Plain, delta, recipe, (3, 8, 8), "scratch_e", seed=3)
+    more = scratch_control(Plain, delta, recipe, (3, 8, 8), "scratch_b", seed=3, most=3.0)
     assert str(same.model) == str(shrink(Plain(), delta))
     assert torch.equal(same.model.conv1.weight, more.model.conv1.weight)
-    other = scratch(Plain, delta, recipe, (3, 8, 8), seed=4).model
+    other = scratch_control(Plain, delta, recipe, (3, 8, 8), seed=4).model
     assert not torch.equal(same.model.conv1.weight, other.conv1.weight)
     assert (same.recipe.iterations, same.recipe.lr_drops, same.recipe.warmup) == (100, (50, 75), 10)
     saving = count(Plain(), (3, 8, 8)).macs / count(same.model, (3, 8, 8)).macs
@@ -122,7 +122,7 @@ def test_scratch_draws_new_weights_for_the_small_shapes() -> None:
     assert more.recipe.iterations == round(100 * saving)
     assert more.recipe.lr_drops == (round(50 * saving), round(75 * saving))
     assert more.recipe.rewind == same.recipe.rewind == 0
-    capped = scratch(Plain, delta, recipe, (3, 8, 8), "scratch_b")
+    capped = scratch_control(Plain, delta, recipe, (3, 8, 8), "scratch_b")
     assert capped.recipe.iterations == 200
 
 
@@ -131,7 +131,7 @@ def test_scratch_weights_have_the_variance_of_their_fan_in() -> None:
         return nn.Sequential(nn.Linear(10, 400), nn.ReLU(), nn.Linear(400, 100))
 
     shrunk = prune_filters(build(make, 0), torch.zeros(1, 10), 0.25)
-    control = scratch(make, shrunk.delta, Recipe(), (10,)).model
+    control = scratch_control(make, shrunk.delta, Recipe(), (10,)).model
     expected = (1 / (3 * 100)) ** 0.5  # uniform between -1/sqrt(K) and 1/sqrt(K), K = 100
     assert control[2].weight.std().item() == pytest.approx(expected, rel=0.03)
 
@@ -139,4 +139,4 @@ def test_scratch_weights_have_the_variance_of_their_fan_in() -> None:
 @pytest.mark.parametrize("options", [{"budget": "scratch_c"}, {"most": 0.5}])
 def test_scratch_refuses_options_out_of_range(options: dict[str, Any]) -> None:
     with pytest.raises(OptionError):
-        scratch(Plain, Delta(), Recipe(), (3, 8, 8), **options)
+        scratch_control(Plain, Delta(), Recipe(), (3, 8, 8), **options)

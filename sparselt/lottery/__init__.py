@@ -19,7 +19,7 @@ from sparselt.lottery.recipes import RECIPES, recipe_of
 from sparselt.lottery.replicates import run_replicates
 from sparselt.lottery.restarts import RESTARTS
 from sparselt.lottery.schedules import SCHEDULES
-from sparselt.lottery.scratch import scratch
+from sparselt.lottery.scratch import scratch_control
 from sparselt.lottery.search import Level, Progress, best_level, find_ticket, run_levels
 from sparselt.lottery.stability import Stability, measure_stability
 from sparselt.lottery.structured import prune_filters
@@ -64,6 +64,6 @@ __all__ = [
     "run_levels",
     "run_replicates",
     "run_structured_levels",
-    "scratch",
+    "scratch_control",
     "train",
 ]

@@ -19,7 +19,7 @@ from sparselt.lottery.networks import Factory, build
 from sparselt.lottery.recipe import Recipe
 from sparselt.tickets.architecture import Delta, shrink
 
-__all__ = ["BUDGETS", "Scratch", "scratch"]
+__all__ = ["BUDGETS", "Scratch", "scratch_control"]
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ BUDGETS: dict[str, Callable[[float, float], float]] = {
 }
 
 
-def scratch(
+def scratch_control(
     factory: Factory,
     delta: Delta,
     recipe: Recipe,
@@ -88,7 +88,7 @@ def scratch(
         >>> slots = (Slot("0.weight", 0, 4), Slot("0.bias", 0, 4), Slot("1.weight", 1, 4))
         >>> delta = Delta((ChannelGroup(4, slots),), ((0, 3),))
         >>> make = lambda: nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
-        >>> control = scratch(make, delta, Recipe(iterations=100), (3,), "scratch_b")
+        >>> control = scratch_control(make, delta, Recipe(iterations=100), (3,), "scratch_b")
         >>> control.model[0].out_features, control.recipe.iterations
         (2, 200)
     """

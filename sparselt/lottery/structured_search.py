@@ -25,7 +25,7 @@ from sparselt.lottery.folder import RunFolder
 from sparselt.lottery.networks import Factory, build, factory_of
 from sparselt.lottery.recipe import Recipe
 from sparselt.lottery.schedules import keep_fraction, number_of_levels
-from sparselt.lottery.scratch import BUDGETS, scratch
+from sparselt.lottery.scratch import BUDGETS, scratch_control
 from sparselt.lottery.seeds import derived_seed
 from sparselt.lottery.structured import choose_channels, structured_ticket
 from sparselt.lottery.structured_graph import trace_channels
@@ -215,7 +215,7 @@ class _Search:
         if outcome is None:
             seed = derived_seed(self.recipe.seed, "control", name, index)
             shape = self.data.shape
-            control = scratch(self.factory, self.delta, self.recipe, shape, name, seed=seed)
+            control = scratch_control(self.factory, self.delta, self.recipe, shape, name, seed=seed)
             outcome = self._train(index, name, control.model, control.recipe)
             self.folder.write_outcome(index, name, outcome)
         return outcome
