@@ -33,7 +33,7 @@ def recompute_statistics(model: nn.Module, inputs: Tensor) -> None:
 
     Args:
         model: Its weights are left as they are, and so is the mode it is in.
-        inputs: (n, ...), passed through in order, in batches of equal weight.
+        inputs: (n, ...), at least 2, passed through in order.
     """
     layers = batch_norms(model)
     if not layers:
@@ -45,7 +45,8 @@ def recompute_statistics(model: nn.Module, inputs: Tensor) -> None:
         layer.momentum = None
     use_batch_statistics(model)
     with torch.no_grad():
-        for batch in torch.split(inputs, _BATCH):
+        # Equal batches: a short last one would count too much, and one of 1 has no variance.
+        for batch in torch.tensor_split(inputs, -(-len(inputs) // _BATCH)):
             model(batch)
     for layer, momentum in zip(layers, momenta, strict=True):
         layer.momentum = momentum
