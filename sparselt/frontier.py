@@ -13,14 +13,14 @@ import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 import sparselt
 from sparselt import lottery
-from sparselt.errors import OptionError, explain_mismatch
-from sparselt.lottery.chart import Line, Panel, draw_chart
+from sparselt.errors import MissingDependencyError, OptionError, explain_mismatch
 from sparselt.lottery.networks import Factory, build, factory_of
 from sparselt.lottery.seeds import derived_seed
 from sparselt.lottery.structured_search import STRUCTURE, run_structured_levels
@@ -30,13 +30,18 @@ from sparselt.measure.report import write_json, write_text
 from sparselt.measure.timer import interleave, speedup
 from sparselt.measure.worker import output_error
 from sparselt.tickets.architecture import shrink
+from sparselt.tickets.file import replace_file
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 __all__ = ["Point", "draw_frontier", "measure_frontier", "undominated", "write_frontier"]
 
 DENSE = "dense"
 _TOLERANCE = 1e-4
-# draw_chart tells six lines apart.
-_MOST_STRUCTURES = 6
+# Okabe and Ito's colours, which colour-blind readers can tell apart.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+_GREY = "#666666"
 
 
 @dataclass(frozen=True)
@@ -116,8 +121,8 @@ def measure_frontier(
         OptionError: A structure, batch or setting makes no sense.
         DataError: The data are absent, or training diverged.
     """
-    if not 0 < len(structures) <= _MOST_STRUCTURES or min(batches, default=0) < 1:
-        expected = f"1 to {_MOST_STRUCTURES} structures and batches of at least 1"
+    if not 0 < len(structures) <= len(_COLOURS) or min(batches, default=0) < 1:
+        expected = f"1 to {len(_COLOURS)} structures and batches of at least 1"
         got = f"{len(structures)} and {list(batches)}"
         raise OptionError(explain_mismatch("frontier", expected, got))
     chosen = data if data is not None else recipe.data
@@ -154,8 +159,8 @@ def undominated(points: Sequence[Point], batch: int) -> list[Point]:
     """
     means = []
     for group in _by_ticket(points, batch):
-        latency = statistics.fmean(p.latency_us for p in group if p.latency_us is not None)
-        means.append((latency, -statistics.fmean(p.test_accuracy for p in group), group[0]))
+        latency, accuracy = _means(group)
+        means.append((latency, -accuracy, group[0]))
     best: list[Point] = []
     least_error = float("inf")
     for _, negative_accuracy, point in sorted(means, key=lambda entry: entry[:2]):
@@ -189,33 +194,58 @@ def write_frontier(
 
 
 def draw_frontier(points: Sequence[Point], title: str, path: str | Path) -> None:
-    """One panel a batch size: accuracy against latency, faster to the right, a line a structure.
+    """One panel a batch size: accuracy against latency, a line a structure, the frontier in grey.
 
     Args:
-        points: From :func:`measure_frontier`.
+        points: From :func:`measure_frontier`; several seeds are drawn by their means.
         title: What was run.
-        path: The PNG to write.
+        path: The PNG to write; an existing file is replaced whole.
 
     Raises:
         MissingDependencyError: matplotlib is not installed.
     """
-    panels = []
-    for batch in dict.fromkeys(point.batch for point in points):
-        dense = [p for p in points if p.batch == batch and p.structure == DENSE and p.latency_us]
-        lines = []
-        for structure in dict.fromkeys(p.structure for p in points if p.structure != DENSE):
-            places: dict[float, list[float]] = {}
-            for group in _by_ticket(points, batch):
-                if group[0].structure == structure:
-                    latency = statistics.fmean(p.latency_us or 0.0 for p in group)
-                    places[latency] = [100 * p.test_accuracy for p in group]
-            lines.append(Line(structure, places))
-        accuracy = statistics.fmean(100 * p.test_accuracy for p in dense)
-        time = statistics.fmean(p.latency_us or 0.0 for p in dense)
-        marks = {f"dense: {time:.0f} us": accuracy}
-        label = f"latency of a batch of {batch} (us), faster to the right"
-        panels.append(Panel(title, label, "test accuracy (%)", lines, marks, shrinking=True))
-    draw_chart(panels, f"{title}; {one_line(header())}", path)
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MissingDependencyError(
+            "the picture needs matplotlib, which is not installed: pip install 'sparselt[report]'"
+        ) from error
+    batches = list(dict.fromkeys(point.batch for point in points))
+    figure = Figure(figsize=(5.2 * len(batches), 4.2), dpi=140, layout="constrained")
+    panels = figure.subplots(1, len(batches), squeeze=False)[0]
+    for axes, batch in zip(panels, batches, strict=True):
+        _draw(axes, points, batch)
+        axes.set_title(f"{title}, batch {batch}", fontsize=10)
+    figure.supxlabel(one_line(header()), fontsize=7, color=_GREY)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", metadata={"Software": None})
+    replace_file(Path(path), buffer.getvalue())
+
+
+def _draw(axes: Axes, points: Sequence[Point], batch: int) -> None:
+    lines: dict[str, list[tuple[float, float]]] = {}
+    places: dict[tuple[str, int], tuple[float, float]] = {}
+    for group in _by_ticket(points, batch):
+        key = group[0].structure, group[0].level
+        latency, accuracy = _means(group)
+        places[key] = latency, 100 * accuracy
+        lines.setdefault(key[0], []).append(places[key])
+    best = [places[point.structure, point.level] for point in undominated(points, batch)]
+    axes.plot(*zip(*best, strict=True), "-", color="black", linewidth=3, alpha=0.2)
+    structures = [name for name in lines if name != DENSE]
+    for name, colour, marker in zip(structures, _COLOURS, "os^Dvx", strict=False):
+        axes.plot(*zip(*lines[name], strict=True), marker=marker, color=colour, label=name)
+    for latency, accuracy in lines.get(DENSE, []):
+        axes.plot(latency, accuracy, "*", color=_GREY, markersize=12, label="dense")
+        axes.axhline(accuracy, color=_GREY, linestyle=":", linewidth=1)
+    axes.set_xscale("log")
+    for axis in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
+        axis("{x:g}")
+    axes.tick_params(axis="x", which="both", labelsize=7)
+    axes.set_xlabel("latency (us)")
+    axes.set_ylabel("test accuracy (%)")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend(fontsize=8)
 
 
 def _for_structure(recipe: lottery.Recipe, structure: str) -> lottery.Recipe:
@@ -278,6 +308,12 @@ def _by_ticket(points: Sequence[Point], batch: int) -> list[list[Point]]:
         if point.batch == batch and point.latency_us is not None:
             groups.setdefault((point.structure, point.level), []).append(point)
     return list(groups.values())
+
+
+def _means(group: Sequence[Point]) -> tuple[float, float]:
+    """Mean latency and accuracy of the points of one ticket."""
+    times = [point.latency_us for point in group if point.latency_us is not None]
+    return statistics.fmean(times), statistics.fmean(point.test_accuracy for point in group)
 
 
 def _line(point: Point) -> str:
