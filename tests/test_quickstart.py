@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 import sparselt
 from sparselt import lottery, quickstart
 from sparselt.measure import report
+from sparselt.measure.baselines import Baseline
 
 pytest.importorskip("sklearn", reason="the digits come with scikit-learn, which is not installed")
 pytest.importorskip("matplotlib", reason="the picture needs matplotlib, which is not installed")
@@ -118,10 +120,29 @@ def test_a_ticket_wins_only_if_it_matches_dense_and_beats_its_control_beyond_the
         assert "not a" not in quickstart._accuracy_verdict(accuracy_row(ticket, control, dense))
 
 
+def test_a_dense_engine_that_breaks_is_left_out_and_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(model: torch.nn.Module, example: tuple[torch.Tensor, ...]) -> Any:
+        raise RuntimeError("the compiler is broken\nand says more")
+
+    name = "torch_compile"
+    engine = Baseline(name, True, lambda: "", broken)
+    monkeypatch.setitem(quickstart.BASELINES, name, engine)
+    settings = replace(quickstart.FAST, dense_engines=("torch_eager", name), seconds=0.0)
+    found = quickstart._time(torch.nn.Linear(4, 2).eval(), torch.randn(3, 4), settings)
+    assert found["best_dense"] == "torch_eager"
+    assert "torch_compile is left out: the compiler is broken\n" in capsys.readouterr().out
+
+
 def test_wrong_output_is_a_failed_row_not_a_figure_to_be_proud_of(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(quickstart, "output_error", lambda outputs, reference: 0.5)
+    def wrong(model: torch.nn.Module, example: tuple[torch.Tensor, ...]) -> Any:
+        return lambda x: [model(x).detach() + 1]
+
+    engine = Baseline("sparselt", False, lambda: "", wrong)
+    monkeypatch.setitem(quickstart.BASELINES, "sparselt", engine)
     tiny = quickstart.Settings(
         cases=(quickstart.FAST.cases[0],),
         seeds=1,
