@@ -18,7 +18,10 @@ from cuda_host import Host, KernelFaultError, dtype_of, host, registered
 from torch import Tensor
 
 from sparselt import reference
-from sparselt.formats import SparseWeight, pack
+from sparselt.formats import FORMATS, SparseWeight, pack
+from sparselt.formats.panel import Panel
+
+CUDA_FORMATS: dict[str, type[SparseWeight]] = FORMATS | {"panel": Panel}
 
 # Half a unit in the last place, relative, of what a result is rounded to.
 ROUNDOFF = {torch.float32: 0.0, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
@@ -35,6 +38,9 @@ SPMM_CASES = (
     *(SpmmCase(17, 66, n, pattern) for pattern in PATTERNS for n in (3, 8, 35)),
     *(SpmmCase(17, 66, n, density=density) for density in (0.0, 0.02, 1.0) for n in (2, 32, 130)),
     SpmmCase(100, 300, 132, density=0.1),
+    *(SpmmCase(33, k, n, density=0.5) for k in (255, 256, 257) for n in (1, 2, 11)),
+    SpmmCase(5, 2600, 1, density=0.1),
+    SpmmCase(3, 300, 2, density=1.0),
     SpmmCase(0, 5, 7),
 )
 CONV_CASES = (
@@ -89,7 +95,7 @@ def packed(kernel: str, case: SpmmCase | ConvCase) -> SparseWeight:
     _, sparse_format, _ = registered()[kernel]
     weight, mask = case.dense()
     block = BLOCKS[turn(case, len(BLOCKS))] if sparse_format == "bsr" else None
-    return pack(rounded(weight, kernel), mask, sparse_format, block)
+    return CUDA_FORMATS[sparse_format].from_dense(rounded(weight, kernel), mask, block)
 
 
 def rounded(tensor: Tensor, kernel: str) -> Tensor:
@@ -201,7 +207,7 @@ def test_infinite_x_reaches_only_what_is_stored(machine: Host, kernel: str, colu
 
 @pytest.mark.parametrize("kernel", kernels("spmm"))
 def test_nan_survives_the_clamp(machine: Host, kernel: str) -> None:
-    weight = pack(torch.ones(16, 16), None, registered()[kernel][1])
+    weight = CUDA_FORMATS[registered()[kernel][1]].from_dense(torch.ones(16, 16))
     x = torch.full((16, 5), torch.nan)
     assert machine.spmm(kernel, weight, x, lower=0.0, upper=1.0).isnan().all()
 

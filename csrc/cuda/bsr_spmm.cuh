@@ -19,8 +19,7 @@
 // it. Few columns leave most of the tile idle, and M / 64 blocks of threads may be fewer than there
 // are multiprocessors: small batches are bound by latency here.
 //
-// Source: block rows through dense tiles as in stanford-futuredata/stk; the condensed columns are
-// as in sparse direct solvers.
+// Source: block rows through dense tiles, as in stanford-futuredata/stk.
 #pragma once
 
 #include "cuda/block_tile.cuh"

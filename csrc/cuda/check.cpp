@@ -39,14 +39,34 @@ const void* check_part(const Input& input, const Tensor& part, const char* name,
   return part.const_data_ptr();
 }
 
+int64_t blocks_along(int64_t size, int64_t block) { return (size + block - 1) / block; }
+
 // Lengths only: what the arrays hold is on the device, and reading it would wait for the stream.
 void check_compressed(const Input& input, const Parts& parts, Weight& weight) {
   const int64_t stored = parts[1].numel();
-  const int64_t stored_rows = (weight.rows + weight.block_rows - 1) / weight.block_rows;
-  weight.parts[0] = check_part(input, parts[0], "crow_indices", ScalarType::Int, stored_rows + 1);
+  weight.parts[0] = check_part(input, parts[0], "crow_indices", ScalarType::Int,
+                               blocks_along(weight.rows, weight.block_rows) + 1);
   weight.parts[1] = check_part(input, parts[1], "col_indices", ScalarType::Int, stored);
   weight.parts[2] = check_part(input, parts[2], "values", input.type,
                                stored * weight.block_rows * weight.block_cols);
+}
+
+void check_panel(const Input& input, const Parts& parts, Weight& weight) {
+  const int64_t groups =
+      blocks_along(weight.rows, weight.block_rows) * blocks_along(weight.cols, weight.block_cols);
+  const int64_t stored = parts[3].numel();
+  weight.parts[0] = check_part(input, parts[0], "chunk_offsets", ScalarType::Int, groups + 1);
+  weight.parts[1] =
+      check_part(input, parts[1], "counts", ScalarType::Byte, groups * weight.block_rows);
+  weight.parts[2] = check_part(input, parts[2], "offsets", ScalarType::Byte, stored);
+  weight.parts[3] = check_part(input, parts[3], "values", input.type, stored);
+}
+
+// values of CSR are (nnz,), those of blocks (blocks, block_rows, block_cols), even when a block is
+// 1 x 1; panels have a fourth part.
+std::string_view format_of(const Parts& parts) {
+  if (parts.size() == 4) return "panel";
+  return parts[2].dim() == 1 ? "csr" : "bsr";
 }
 
 }  // namespace
@@ -76,8 +96,9 @@ Tensor as_operand(const Input& input, const Tensor& tensor, const char* name) {
 
 CheckedWeight as_weight(const Input& input, const Parts& parts, const Ints& meta,
                         const std::string& kernel, std::string_view op, size_t dims) {
-  STD_TORCH_CHECK(parts.size() == 3, "parts: expected crow_indices, col_indices, values, got ",
-                  parts.size(), " tensors");
+  STD_TORCH_CHECK(parts.size() == 3 || parts.size() == 4,
+                  "parts: expected the 3 of CSR or BSR or the 4 of panels, got ", parts.size(),
+                  " tensors");
   STD_TORCH_CHECK(meta.size() == dims + 2, "meta: expected block_rows, block_cols and a shape of ",
                   dims, " sizes, got ", meta.size(), " numbers");
   Weight weight{};
@@ -92,10 +113,12 @@ CheckedWeight as_weight(const Input& input, const Parts& parts, const Ints& meta
   STD_TORCH_CHECK(
       weight.rows >= 0 && weight.cols >= 0 && weight.rows <= kLargest && weight.cols <= kLargest,
       "meta: expected sizes from 0 to ", kLargest);
-  check_compressed(input, parts, weight);
-  // values of CSR are (nnz,), those of blocks (blocks, block_rows, block_cols), even when a block
-  // is 1 x 1.
-  const std::string_view format = parts[2].dim() == 1 ? "csr" : "bsr";
+  const std::string_view format = format_of(parts);
+  if (format == "panel") {
+    check_panel(input, parts, weight);
+  } else {
+    check_compressed(input, parts, weight);
+  }
   return {&find_kernel(kernel, op, format, type_name(input.type), input.device), weight};
 }
 

@@ -157,7 +157,32 @@ __device__ __forceinline__ void store_vector(T* to, const float (&from)[kCount])
   *reinterpret_cast<Vector<T, kCount>*>(to) = vector;
 }
 
-// The same, with one access only where the address allows it.
+// An aligned value of 4, 8 or 16 bytes that nobody will read again: it should not push others out
+// of the caches.
+template <class V>
+__device__ __forceinline__ V load_once(const V* from) {
+  static_assert(sizeof(V) == 4 || sizeof(V) == 8 || sizeof(V) == 16, "one access");
+  union {
+    V value;
+    unsigned words[sizeof(V) / 4];
+  } loaded;
+  if constexpr (sizeof(V) == 4) {
+    loaded.words[0] = __ldcs(reinterpret_cast<const unsigned*>(from));
+  } else if constexpr (sizeof(V) == 8) {
+    const uint2 pair = __ldcs(reinterpret_cast<const uint2*>(from));
+    loaded.words[0] = pair.x;
+    loaded.words[1] = pair.y;
+  } else {
+    const uint4 four = __ldcs(reinterpret_cast<const uint4*>(from));
+    loaded.words[0] = four.x;
+    loaded.words[1] = four.y;
+    loaded.words[2] = four.z;
+    loaded.words[3] = four.w;
+  }
+  return loaded.value;
+}
+
+// As load_vector, with one access only where the address allows it.
 template <class T, int kCount>
 __device__ __forceinline__ void load_vector_or_each(float (&to)[kCount], const T* from) {
   if (reinterpret_cast<uintptr_t>(from) % sizeof(Vector<T, kCount>) == 0) {

@@ -32,6 +32,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 FLAGS = ["-std=c++20", "-O1", "-g1", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
 MAX_PARTS = 4
+PANEL_CHUNK = 4  # elements that parts of the panel format are read by
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -179,7 +180,8 @@ class Host:
         integers = [rows, cols, *weight.block, *strides, columns, batch]
         arrays = [*weight_arrays(weight), x, None, bias, residual]
         size = math.prod(shape)
-        y = self._call(kernel, schedule, integers, (lower, upper), arrays, size, offset)
+        aligned = PANEL_CHUNK if weight.name == "panel" else 1
+        y = self._call(kernel, schedule, integers, (lower, upper), arrays, size, offset, aligned)
         return y.view(*shape[:-2], columns, rows).mT if batch_major else y.view(shape)
 
     def conv2d(
@@ -222,6 +224,7 @@ class Host:
         arrays: Sequence[Tensor | None],
         outputs: int,
         offset: int,
+        part_alignment: int = 1,
     ) -> Tensor:
         dtype = dtype_of(kernel)
         sent, sizes = [], []
@@ -233,7 +236,8 @@ class Host:
             else:
                 array = array.to(dtype) if array.is_floating_point() else array
                 sent.append(array.flatten().clone().view(torch.uint8).numpy().tobytes())
-                sizes.append(f"{len(sent[-1])} {offset * array.element_size()}")
+                shift = offset * part_alignment if position < MAX_PARTS else offset
+                sizes.append(f"{len(sent[-1])} {shift * array.element_size()}")
         infinity = math.inf
         lower, upper = (-infinity if limits[0] is None else limits[0]), limits[1]
         header = (
