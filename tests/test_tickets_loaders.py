@@ -152,6 +152,12 @@ class TestTorchFiles:
         with pytest.raises(errors.FormatError, match="only 0 and 1"):
             ticket_from_state_dict(state)
 
+    def test_the_state_of_a_converted_model_is_named_as_such(self) -> None:
+        state = {"fc.weight.crow_indices": torch.tensor([0, 1]), "fc.weight.values": torch.ones(1)}
+
+        with pytest.raises(errors.FormatError, match="converted"):
+            ticket_from_state_dict(state)
+
     def test_a_mask_of_another_shape_or_name_is_refused(self) -> None:
         with pytest.raises(errors.ShapeError):
             ticket_from_state_dict({"w": torch.ones(2, 2)}, {"w": torch.ones(2, 3)})

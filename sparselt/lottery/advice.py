@@ -78,7 +78,8 @@ def _more_seeds(rows: Sequence[Row]) -> Advice | None:
     seeds = len({row.seed for row in rows})
     if seeds >= 3:
         return None
-    return Advice(f"{seeds} seeds were run", "run at least 3, chance alone can decide below that")
+    counted = "1 seed was run" if seeds == 1 else f"{seeds} seeds were run"
+    return Advice(counted, "run at least 3, chance alone can decide below that")
 
 
 def _missing_controls(verdicts: Sequence[Verdict]) -> Advice | None:

@@ -287,6 +287,16 @@ def _prunable(name: str, value: Tensor) -> bool:
 
 def _check(weights: Mapping[str, Tensor], found: Mapping[str, Tensor], notes: list[str]) -> None:
     """Refuses masks that do not fit; notes what is legal and yet worth knowing."""
+    packed = [name for name in weights if name.endswith(".crow_indices")]
+    if packed:
+        raise FormatError(
+            explain_mismatch(
+                packed[0],
+                "dense weights or masks",
+                "the packed weights of a converted model",
+                "their dense shapes are not in the file; load the ticket it was converted from",
+            )
+        )
     if not found:
         raise FormatError(
             explain_mismatch(
