@@ -14,7 +14,7 @@ from lottery_cases import network as tiny
 from torch import Tensor, nn
 
 from sparselt import errors
-from sparselt.lottery import Data, Outcome, Step, Training, evaluate, train
+from sparselt.lottery import OPTIMISERS, Data, Outcome, Step, Training, evaluate, train
 
 RECIPE = replace(TINY, iterations=60)
 
@@ -63,6 +63,31 @@ def test_a_killed_training_ends_bitwise_as_an_uninterrupted_one(
     assert got == want
     assert killed == [20, 40]
     assert not list(tmp_path.iterdir())
+
+
+def test_a_checkpoint_that_does_not_fit_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "c.pt"
+    how = Training(RECIPE, checkpoint=path)
+    path.write_bytes(b"noise")
+    with pytest.raises(errors.DataError, match=r"c\.pt.*delete"):
+        train(network(), blobs(), how)
+    torch.save({"model": nn.Linear(2, 2).state_dict()}, path)
+    with pytest.raises(errors.DataError, match=r"c\.pt.*delete"):
+        train(network(), blobs(), how)
+
+
+def test_an_optimiser_of_ones_own_is_one_line_and_keeps_pruned_weights_at_zero(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(OPTIMISERS, "mine", lambda p, r: torch.optim.RMSprop(p, r.lr, momentum=0.9))
+    model = network()
+    masks = half(model)
+
+    outcome = train(model, blobs(), Training(replace(RECIPE, optimiser="mine")), masks)
+
+    assert outcome.train_accuracy > 0.8
+    for name, mask in masks.items():
+        assert not model.get_parameter(name).detach()[~mask].any()
 
 
 def test_the_data_order_is_a_function_of_the_iteration_alone() -> None:

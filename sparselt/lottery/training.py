@@ -301,10 +301,16 @@ class _Loop:
         path = self.how.checkpoint
         if path is None or not path.exists():
             return
-        state = torch.load(path, weights_only=True)
+        try:
+            state = torch.load(path, weights_only=True)
+            self.model.load_state_dict(state["model"])
+            self.optimiser.load_state_dict(state["optimiser"])
+        except Exception as error:
+            raise DataError(
+                f"{path}: not a checkpoint of this training ({type(error).__name__}); delete it to "
+                "train from the start"
+            ) from error
         self.iteration = state["iteration"]
-        self.model.load_state_dict(state["model"])
-        self.optimiser.load_state_dict(state["optimiser"])
         self.history = [tuple(row) for row in state["history"]]
         self.best = tuple(state["best"])
         self.seconds = state["seconds"]
