@@ -3,14 +3,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sparselt.errors import DataError
+from sparselt.errors import DataError, FormatError
 from sparselt.lottery.dead_units import idle_channels, relu_activity, remove_idle
 from sparselt.lottery.networks import build
+from sparselt.lottery.structured import shrunk_ticket
+from sparselt.tickets import Ticket, load_ticket
+from sparselt.tickets.architecture import Delta, shrink
 
 
 def inputs(*shape: int, seed: int = 3) -> Tensor:
@@ -182,3 +187,28 @@ def test_functional_reader_keeps_its_channels() -> None:
             return F.linear(F.relu(self.first(x) - 1e4), self.weight)
 
     assert idle_channels(Reader(), [inputs(4, 3)]).kept == ()
+
+
+def test_sparse_ticket_keeps_its_masks_in_the_smaller_network(tmp_path: Path) -> None:
+    model = killed(2, 5)
+    source = torch.Generator().manual_seed(6)
+    masks = {
+        name: torch.rand(parameter.shape, generator=source) < 0.5
+        for name, parameter in model.named_parameters()
+        if parameter.dim() > 1
+    }
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    ticket = Ticket(masks, weights, {"last.weight": weights["last.weight"]})
+    x = inputs(4, 2, 8, 8)
+    small = remove_idle(ticket.apply(model), [x])
+    shrunk_ticket(ticket, small.delta).save(tmp_path / "small.ticket")
+    loaded = load_ticket(tmp_path / "small.ticket")
+    again = shrink(build(Small, 3), Delta.from_json(loaded.meta["architecture"]))
+    with torch.no_grad():
+        torch.testing.assert_close(loaded.apply(again).eval()(x), model(x), rtol=1e-6, atol=1e-6)
+    kept = list(small.delta.kept[-1])
+    assert not {2, 5} & set(kept)
+    assert torch.equal(loaded.masks["last.weight"], masks["last.weight"][:, kept])
+    assert torch.equal(loaded.initial["last.weight"], ticket.initial["last.weight"][:, kept])
+    with pytest.raises(FormatError, match="already shrunk"):
+        shrunk_ticket(loaded, small.delta)

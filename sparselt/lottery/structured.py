@@ -30,6 +30,7 @@ __all__ = [
     "drop_masked",
     "prune_filters",
     "remove_channels",
+    "shrunk_ticket",
     "structured_ticket",
     "zeroed",
 ]
@@ -257,6 +258,29 @@ def structured_ticket(
     original = delta.slice(initial)
     masks = {name: torch.ones(state[name].shape, dtype=torch.bool) for name in initial}
     return Ticket(masks, state, original, {**(meta or {}), "architecture": delta.to_json()})
+
+
+def shrunk_ticket(ticket: Ticket, delta: Delta) -> Ticket:
+    """The same ticket without the channels that ``delta`` removes.
+
+    After removing idle units this makes a sparse ticket of a smaller network.
+
+    Args:
+        ticket: Of the original network.
+        delta: What to remove.
+
+    Raises:
+        FormatError: The ticket is already one of a shrunk network.
+        ShapeError: The delta belongs to another network.
+    """
+    if "architecture" in ticket.meta:
+        raise FormatError("ticket: expected one of the original network, got one already shrunk")
+    return Ticket(
+        delta.slice(ticket.masks),
+        delta.slice(ticket.weights),
+        delta.slice(ticket.initial),
+        {**ticket.meta, "architecture": delta.to_json()},
+    )
 
 
 def _delta(groups: Sequence[ChannelGroup], kept: Sequence[Tensor]) -> Delta:
