@@ -120,7 +120,8 @@ LAYER_COLUMNS = (
     Column("note", _status, right=False),
 )
 SUMMARY_COLUMNS = (
-    Column("layer", lambda row: str(row["case"]), right=False),
+    Column("layer", lambda row: str(row["case"]).split(" ")[0], right=False, whole=True),
+    Column("shape", lambda row: str(row["case"]).partition(" ")[2], right=False),
     Column("density", lambda row: f"{row['density']:g}"),
     Column("best dense", lambda row: f"{microseconds(row['dense_us'])} {row['dense']}"),
     Column("best kernel", lambda row: f"{microseconds(row['sparse_us'])} {row['sparse']}"),
@@ -147,7 +148,7 @@ def rich_table(
     )
     for column in columns:
         justify: JustifyMethod = "right" if column.right else "left"
-        table.add_column(column.title, justify=justify, no_wrap=column.whole)
+        table.add_column(column.title, justify=justify, no_wrap=column.whole, overflow="fold")
     for row in rows:
         table.add_row(*(escape(column.cell(row)) for column in columns))
     return table
