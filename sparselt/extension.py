@@ -6,15 +6,26 @@ The only module that imports ``sparselt._C``: importing it registers ``torch.ops
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Sequence
 from functools import cache
 
 import torch
 from torch import Tensor
 
-from sparselt import _C
-from sparselt.errors import KernelError, explain_mismatch
+from sparselt.errors import KernelError, MissingDependencyError, explain_mismatch
 from sparselt.registry import KernelInfo
+
+try:
+    from sparselt import _C
+except ImportError as _error:
+    # Without the file, Python would blame a circular import.
+    _why = (
+        "it was not built; run pip install --no-build-isolation -e . in the source folder"
+        if importlib.util.find_spec("sparselt._C") is None
+        else str(_error)
+    )
+    raise MissingDependencyError(f"sparselt's extension does not load: {_why}") from _error
 
 __all__ = ["check_kernel", "conv_shape", "isa", "kernels"]
 
