@@ -30,8 +30,8 @@ constexpr int kMaxParts = 4;
 //   bsr: crow_indices int32 (ceil(rows / block_rows) + 1), col_indices int32 (blocks), values T
 //   (blocks * block_rows * block_cols), each block row-major
 //
-//   panel: chunk_offsets int32 (groups + 1), counts uint8 (groups * block_rows), offsets uint8 and
-//   values T (4 a chunk); a group is block_rows rows by block_cols columns, see panel_spmm.cuh
+//   tile8: chunk_offsets int32 (groups + 1), counts uint8 (groups * block_rows), offsets uint8 and
+//   values T (4 a chunk); a group is block_rows rows by block_cols columns, see tile8_spmm.cuh
 struct Weight {
   const void* parts[kMaxParts];
   int64_t rows;

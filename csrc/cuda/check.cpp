@@ -51,7 +51,7 @@ void check_compressed(const Input& input, const Parts& parts, Weight& weight) {
                                stored * weight.block_rows * weight.block_cols);
 }
 
-void check_panel(const Input& input, const Parts& parts, Weight& weight) {
+void check_tile8(const Input& input, const Parts& parts, Weight& weight) {
   const int64_t groups =
       blocks_along(weight.rows, weight.block_rows) * blocks_along(weight.cols, weight.block_cols);
   const int64_t stored = parts[3].numel();
@@ -63,9 +63,9 @@ void check_panel(const Input& input, const Parts& parts, Weight& weight) {
 }
 
 // values of CSR are (nnz,), those of blocks (blocks, block_rows, block_cols), even when a block is
-// 1 x 1; panels have a fourth part.
+// 1 x 1; tile8 has a fourth part.
 std::string_view format_of(const Parts& parts) {
-  if (parts.size() == 4) return "panel";
+  if (parts.size() == 4) return "tile8";
   return parts[2].dim() == 1 ? "csr" : "bsr";
 }
 
@@ -97,8 +97,8 @@ Tensor as_operand(const Input& input, const Tensor& tensor, const char* name) {
 CheckedWeight as_weight(const Input& input, const Parts& parts, const Ints& meta,
                         const std::string& kernel, std::string_view op, size_t dims) {
   STD_TORCH_CHECK(parts.size() == 3 || parts.size() == 4,
-                  "parts: expected the 3 of CSR or BSR or the 4 of panels, got ", parts.size(),
-                  " tensors");
+                  "parts: expected the 3 of CSR or BSR or the 4 of tile8, got ", parts.size(),
+                  " tensors; pack the weight with format='csr' for CUDA");
   STD_TORCH_CHECK(meta.size() == dims + 2, "meta: expected block_rows, block_cols and a shape of ",
                   dims, " sizes, got ", meta.size(), " numbers");
   Weight weight{};
@@ -114,8 +114,8 @@ CheckedWeight as_weight(const Input& input, const Parts& parts, const Ints& meta
       weight.rows >= 0 && weight.cols >= 0 && weight.rows <= kLargest && weight.cols <= kLargest,
       "meta: expected sizes from 0 to ", kLargest);
   const std::string_view format = format_of(parts);
-  if (format == "panel") {
-    check_panel(input, parts, weight);
+  if (format == "tile8") {
+    check_tile8(input, parts, weight);
   } else {
     check_compressed(input, parts, weight);
   }

@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 FLAGS = ["-std=c++20", "-O1", "-g1", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
 MAX_PARTS = 4
-PANEL_CHUNK = 4  # elements that parts of the panel format are read by
+TILE8_CHUNK = 4  # elements that parts of the tile8 format are read by
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -180,7 +180,7 @@ class Host:
         integers = [rows, cols, *weight.block, *strides, columns, batch]
         arrays = [*weight_arrays(weight), x, None, bias, residual]
         size = math.prod(shape)
-        aligned = PANEL_CHUNK if weight.name == "panel" else 1
+        aligned = TILE8_CHUNK if weight.name == "tile8" else 1
         y = self._call(kernel, schedule, integers, (lower, upper), arrays, size, offset, aligned)
         return y.view(*shape[:-2], columns, rows).mT if batch_major else y.view(shape)
 

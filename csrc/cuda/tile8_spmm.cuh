@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // y (M, N) = clamp(W (M, K) x (K, N) + bias + residual) for few columns, N = 1 to 8 at a time,
-// where the bytes of W decide. Format panel (sparselt/formats/panel.py) spends one byte on an
+// where the bytes of W decide. Format tile8 (sparselt/formats/tile8.py) spends one byte on an
 // index:
 //
 //   W is cut into groups of 32 rows (a slice) by at most 256 columns (a panel). In a group each row
@@ -16,7 +16,7 @@
 //        row 3  d d                                        step 2: a . . .
 //
 //   A lane finds its chunk by a vote: those below it that have one too. Offsets of a row may come
-//   in any order; the packer chooses one in which the lanes of a step meet different banks.
+//   in any order; the packer's spreads the lanes of a step over the banks of shared memory.
 //
 // A block of threads owns a slice. Its 8 warps share out the panels, keep the sums of their lane's
 // row, and add them up in the end, in warp order. x is kept in shared memory, as float32.
@@ -39,20 +39,20 @@ namespace sparselt::cuda {
 
 constexpr int kSliceRows = kWarpSize;
 constexpr int kChunk = 4;       // weights; their offsets are one 32-bit word
-constexpr int kPanelWarps = 8;  // a block of threads
-constexpr int kPanelThreads = kPanelWarps * kWarpSize;
+constexpr int kSliceWarps = 8;  // a block of threads
+constexpr int kSliceThreads = kSliceWarps * kWarpSize;
 constexpr int kStepsAhead = 4;   // chunks of a lane that are on their way together
 constexpr int kMostColumns = 8;  // of x at a time
 
 template <class T>
-struct PanelView {
+struct Tile8View {
   const int32_t* chunk_offsets;  // of each group, in chunks
   const uint8_t* counts;         // weights of each row of each group
   const uint32_t* offsets;       // 4 bytes a chunk
   const Vector<T, kChunk>* values;
   int panels;
   int width;  // of a panel
-  explicit __device__ PanelView(const Weight& weight)
+  explicit __device__ Tile8View(const Weight& weight)
       : chunk_offsets(static_cast<const int32_t*>(weight.parts[0])),
         counts(static_cast<const uint8_t*>(weight.parts[1])),
         offsets(static_cast<const uint32_t*>(weight.parts[2])),
@@ -64,11 +64,11 @@ struct PanelView {
 // Panels of x that shared memory holds at a time: a multiple of the warps, up to 32 KB where that
 // is possible (64 KB at 8 columns).
 template <int kColumns>
-constexpr int kPanelsHeld = kPanelWarps * (kColumns < 4 ? 4 / kColumns : 1);
+constexpr int kPanelsHeld = kSliceWarps * (kColumns < 4 ? 4 / kColumns : 1);
 
 // Adds the products of this lane's row in one group. `x` holds the group's panel.
 template <class T, int kColumns>
-__device__ __forceinline__ void multiply_group(const PanelView<T>& weight, int64_t group,
+__device__ __forceinline__ void multiply_group(const Tile8View<T>& weight, int64_t group,
                                                const float* x, float (&sums)[kColumns]) {
   const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
   const unsigned lanes_below = (1u << lane) - 1;
@@ -107,9 +107,9 @@ __device__ __forceinline__ void multiply_group(const PanelView<T>& weight, int64
 }
 
 template <class T, int kColumns>
-__global__ void __launch_bounds__(kPanelThreads, 3)
-    panel_spmm_slices(const __grid_constant__ SpmmCall call) {
-  const PanelView<T> weight(call.weight);
+__global__ void __launch_bounds__(kSliceThreads, 3)
+    tile8_spmm_slices(const __grid_constant__ SpmmCall call) {
+  const Tile8View<T> weight(call.weight);
   const int64_t slices = ceil_div(call.weight.rows, kSliceRows);
   const int64_t column_tiles = ceil_div(call.columns, kColumns);
   const int64_t slice = blockIdx.x % slices;
@@ -129,7 +129,7 @@ __global__ void __launch_bounds__(kPanelThreads, 3)
     const int depth =
         static_cast<int>(min(static_cast<int64_t>(end) * weight.width, call.weight.cols) - first_k);
     __syncthreads();  // nobody reads the panels held before any more
-    for (int i = thread; i < depth * kColumns; i += kPanelThreads) {
+    for (int i = thread; i < depth * kColumns; i += kSliceThreads) {
       // Neighbouring threads read neighbours in x, whichever way it lies.
       const int k = call.x_column == 1 ? i / kColumns : i % depth;
       const int n = call.x_column == 1 ? i % kColumns : i / depth;
@@ -137,7 +137,7 @@ __global__ void __launch_bounds__(kPanelThreads, 3)
         shared[k * kColumns + n] = to_float(x[(first_k + k) * call.x_row + n * call.x_column]);
     }
     __syncthreads();
-    for (int panel = held + warp; panel < end; panel += kPanelWarps) {
+    for (int panel = held + warp; panel < end; panel += kSliceWarps) {
       multiply_group(weight, slice * weight.panels + panel,
                      shared + (panel - held) * weight.width * kColumns, sums);
     }
@@ -145,15 +145,15 @@ __global__ void __launch_bounds__(kPanelThreads, 3)
 
   __syncthreads();
 #pragma unroll
-  for (int n = 0; n < kColumns; ++n) shared[n * kPanelThreads + thread] = sums[n];
+  for (int n = 0; n < kColumns; ++n) shared[n * kSliceThreads + thread] = sums[n];
   __syncthreads();
-  for (int i = thread; i < kSliceRows * columns; i += kPanelThreads) {
+  for (int i = thread; i < kSliceRows * columns; i += kSliceThreads) {
     const int64_t row = slice * kSliceRows + i % kSliceRows;
     const int n = i / kSliceRows;
     if (row >= call.weight.rows) continue;
     float sum = 0.0f;
-    for (int w = 0; w < kPanelWarps; ++w)
-      sum += shared[(n * kPanelWarps + w) * kWarpSize + i % kSliceRows];
+    for (int w = 0; w < kSliceWarps; ++w)
+      sum += shared[(n * kSliceWarps + w) * kWarpSize + i % kSliceRows];
     const int64_t index =
         batch * call.y_batch + row * call.y_row + (first_column + n) * call.y_column;
     static_cast<T*>(call.y)[index] = from_float<T>(finish<T>(call.epilogue, sum, row, index));
@@ -165,15 +165,15 @@ cudaError_t launch_slices(const SpmmCall& call, cudaStream_t stream) {
   const int64_t panels = ceil_div(call.weight.cols, call.weight.block_cols);
   const int64_t held = panels < kPanelsHeld<kColumns> ? panels : kPanelsHeld<kColumns>;
   const int64_t for_x = held * call.weight.block_cols * kColumns;
-  constexpr int64_t kForSums = kPanelThreads * kColumns;
+  constexpr int64_t kForSums = kSliceThreads * kColumns;
   const size_t shared = sizeof(float) * static_cast<size_t>(for_x > kForSums ? for_x : kForSums);
   const int64_t slices = ceil_div(call.weight.rows, kSliceRows) * ceil_div(call.columns, kColumns);
-  return launch(panel_spmm_slices<T, kColumns>, slices * call.batch, kPanelThreads, shared, stream,
+  return launch(tile8_spmm_slices<T, kColumns>, slices * call.batch, kSliceThreads, shared, stream,
                 call);
 }
 
 template <class T>
-cudaError_t panel_spmm(const SpmmCall& call, cudaStream_t stream) {
+cudaError_t tile8_spmm(const SpmmCall& call, cudaStream_t stream) {
   if (call.weight.block_rows != kSliceRows || call.weight.block_cols > 256)
     return cudaErrorNotSupported;
   if (!is_aligned<T>(call.weight.parts[2], 0, kChunk) ||

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Column panels with one-byte offsets: the format of CUDA products with few columns."""
+"""Tiles of 32 x 256 with one-byte offsets: the format of CUDA products with few columns."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sparselt.errors import DeviceError, DtypeError, FormatError, explain_mismat
 from sparselt.formats.base import SparseWeight
 from sparselt.formats.checks import check_fits_int32, kept_weights
 
-__all__ = ["Panel"]
+__all__ = ["Tile8"]
 
 SLICE_ROWS = 32  # a warp's lanes, one row each
 PANEL_COLS = 256  # what a byte can tell apart
@@ -22,7 +22,7 @@ MOST_COUNTED = 255  # in the byte that counts a row's weights in a panel
 BANKS = 32  # of a GPU's shared memory, 4 bytes wide
 
 
-class Panel(SparseWeight):
+class Tile8(SparseWeight):
     """Groups of 32 rows by 256 columns, in each of which an index is one byte.
 
     A row of a group is a list of chunks of 4 weights, the last one padded with zeros that are not
@@ -40,12 +40,12 @@ class Panel(SparseWeight):
 
     Example:
         >>> import torch
-        >>> weight = Panel.from_dense(torch.eye(3))
+        >>> weight = Tile8.from_dense(torch.eye(3))
         >>> weight.nnz, weight.values.shape
         (3, torch.Size([3, 4]))
     """
 
-    name: ClassVar[str] = "panel"
+    name: ClassVar[str] = "tile8"
     part_names: ClassVar[tuple[str, ...]] = ("chunk_offsets", "counts", "offsets", "values")
 
     @property
@@ -105,7 +105,7 @@ class Panel(SparseWeight):
 
         Example:
             >>> import torch
-            >>> Panel.from_dense(torch.ones(2, 256)).block
+            >>> Tile8.from_dense(torch.ones(2, 256)).block
             (32, 128)
         """
         dense, kept = kept_weights(weight, mask)
@@ -184,7 +184,7 @@ class Panel(SparseWeight):
     def _check_types(self) -> None:
         if len(self._parts) != len(self.part_names):
             names = ", ".join(self.part_names)
-            raise FormatError(explain_mismatch("panel parts", names, f"{len(self._parts)} parts"))
+            raise FormatError(explain_mismatch("tile8 parts", names, f"{len(self._parts)} parts"))
         dtypes = (torch.int32, torch.uint8, torch.uint8, torch.float32)
         parts: tuple[Any, ...] = self._parts
         for name, part, dtype in zip(self.part_names, parts, dtypes, strict=True):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The panel format: exact round trips, its layout on paper, and what it refuses."""
+"""The tile8 format: exact round trips, its layout on paper, and what it refuses."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from cases import PATTERNS, SpmmCase
 from torch import Tensor
 
 from sparselt.errors import DtypeError, FormatError
-from sparselt.formats.panel import Panel
+from sparselt.formats.tile8 import Tile8
 
 SIZES = [(m, 257) for m in (0, 1, 31, 32, 33, 70)] + [(33, k) for k in (0, 1, 127, 255, 256, 600)]
 Parts = list[Tensor]
@@ -22,7 +22,7 @@ def test_round_trip_is_exact(rows: int, cols: int) -> None:
     cases = [SpmmCase(rows, cols, 1, pattern, 0.2) for pattern in PATTERNS]
     for case in [*cases, SpmmCase(rows, cols, 1, density=1.0)]:
         weight, mask = case.dense()
-        packed = Panel.from_dense(weight, mask)
+        packed = Tile8.from_dense(weight, mask)
         packed.validate(full=True)
         assert packed.nnz == int(mask.sum()), case
         assert torch.equal(packed.mask(), mask), case
@@ -31,7 +31,7 @@ def test_round_trip_is_exact(rows: int, cols: int) -> None:
 
 def test_convolution_filters_keep_their_shape() -> None:
     weight = torch.randn(5, 3, 3, 3, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(Panel.from_dense(weight).to_dense(), weight)
+    assert torch.equal(Tile8.from_dense(weight).to_dense(), weight)
 
 
 def test_layout_is_step_by_step_over_the_rows() -> None:
@@ -39,7 +39,7 @@ def test_layout_is_step_by_step_over_the_rows() -> None:
     weight = torch.zeros(3, 8)
     weight[0, :5] = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0])
     weight[2, 7] = 6.0
-    packed = Panel.from_dense(weight)
+    packed = Tile8.from_dense(weight)
     assert packed.chunk_offsets.tolist() == [0, 3]
     assert packed.counts[0, :4].tolist() == [5, 0, 1, 0]
     assert packed.values.tolist() == [[1, 2, 3, 4], [6, 0, 0, 0], [5, 0, 0, 0]]
@@ -47,13 +47,13 @@ def test_layout_is_step_by_step_over_the_rows() -> None:
 
 
 def test_full_panel_row_takes_narrower_panels() -> None:
-    assert Panel.from_dense(torch.ones(2, 255)).block == (32, 256)
-    assert Panel.from_dense(torch.ones(2, 256)).block == (32, 128)
+    assert Tile8.from_dense(torch.ones(2, 255)).block == (32, 256)
+    assert Tile8.from_dense(torch.ones(2, 256)).block == (32, 128)
 
 
 def test_a_weight_costs_little_more_than_its_value_and_a_byte() -> None:
     kept = torch.rand(256, 4096, generator=torch.Generator().manual_seed(0)) < 0.1
-    packed = Panel.from_dense(kept.float())
+    packed = Tile8.from_dense(kept.float())
     indices = packed.nbytes - 4 * packed.nnz
     assert indices < 1.7 * packed.nnz
 
@@ -62,7 +62,7 @@ def parts_of_a_small_weight() -> Parts:
     weight = torch.zeros(40, 300)
     weight[0, :6] = 1.0
     weight[35, 299] = 2.0
-    return list(Panel.from_dense(weight).parts())
+    return list(Tile8.from_dense(weight).parts())
 
 
 def cut(i: int) -> Callable[[Parts], None]:
@@ -97,24 +97,24 @@ BAD = {
 @pytest.mark.parametrize("spoil", BAD.values(), ids=BAD)
 def test_parts_that_contradict_each_other_are_refused(spoil: Callable[[Parts], None]) -> None:
     parts = parts_of_a_small_weight()
-    assert Panel.from_parts(parts, (40, 300)).nnz == 7
+    assert Tile8.from_parts(parts, (40, 300)).nnz == 7
     if spoil is BAD["rows beyond the matrix"]:
         parts[1] = parts[1].clone()
         parts[1][3, 3], parts[1][3, 20] = 0, 1
     else:
         spoil(parts)
     with pytest.raises(FormatError, match="expected"):
-        Panel.from_parts(parts, (40, 300))
+        Tile8.from_parts(parts, (40, 300))
 
 
 @pytest.mark.parametrize("i", range(4))
 def test_another_type_is_refused(i: int) -> None:
     parts = parts_of_a_small_weight()
     parts[i] = parts[i].double()
-    with pytest.raises(DtypeError, match=Panel.part_names[i]):
-        Panel.from_parts(parts, (40, 300))
+    with pytest.raises(DtypeError, match=Tile8.part_names[i]):
+        Tile8.from_parts(parts, (40, 300))
 
 
 def test_another_block_is_refused() -> None:
     with pytest.raises(FormatError, match="block"):
-        Panel.from_dense(torch.eye(4), block=(16, 256))
+        Tile8.from_dense(torch.eye(4), block=(16, 256))

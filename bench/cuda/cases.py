@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The table that is timed on a GPU: lists of cases, nothing else."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["SUITES", "Case"]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One product or convolution, and the formats to run it with.
+
+    Attributes:
+        name: what the shape is from.
+        rows: M, or C_out.
+        cols: K, or C_in of a convolution.
+        columns: N of a linear layer's batch, or the batch of a convolution.
+        density: of the weight.
+        dtype: of weight, x and y.
+        formats: of `formats.FORMATS`, or "tile8".
+        block: in which weights are kept; (1, 1) for no structure.
+        kernel: (R, S) of a convolution; None for a linear layer.
+        size: (H, W) of a convolution's input.
+        stride: of a convolution.
+    """
+
+    name: str
+    rows: int
+    cols: int
+    columns: int
+    density: float
+    dtype: str = "float32"
+    formats: tuple[str, ...] = ("csr",)
+    block: tuple[int, int] = (1, 1)
+    kernel: tuple[int, int] | None = None
+    size: tuple[int, int] = (1, 1)
+    stride: int = 1
+
+    def __str__(self) -> str:
+        block = "" if self.block == (1, 1) else f",block={self.block[0]}x{self.block[1]}"
+        shape = f"M={self.rows},K={self.cols},N={self.columns}"
+        if self.kernel:
+            shape += f",map={self.size[0]}x{self.size[1]},kernel={self.kernel[0]}x{self.kernel[1]}"
+            shape += f",stride={self.stride}"
+        return f"{self.name}:{shape}{block},density={self.density:g},{self.dtype}"
+
+
+DECODE = tuple(
+    Case(name, rows, cols, n, density, dtype, ("tile8", "csr"))
+    for name, rows, cols in (("mlp_up", 14336, 4096), ("mlp_down", 4096, 14336))
+    for n in (1, 2, 4, 8, 16)
+    for density in (0.5, 0.3, 0.1, 0.05)
+    for dtype in ("float16",)
+) + tuple(
+    Case("lenet_fc1", 300, 784, n, density, "float32", ("tile8", "csr"))
+    for n in (1, 64)
+    for density in (0.1, 0.02)
+)
+
+SMALL_BATCH = tuple(
+    Case("mlp_up", 14336, 4096, n, density, "float16", ("tile8", "csr"))
+    for n in (32, 64)
+    for density in (0.3, 0.1)
+)
+
+EXACT = tuple(
+    Case(name, rows, cols, n, density)
+    for name, rows, cols, n in (
+        ("resnet50_1x1", 512, 512, 784),
+        ("resnet50_1x1", 2048, 512, 1568),
+        ("transformer_ffn", 2048, 512, 2048),
+        ("square", 4096, 4096, 2048),
+    )
+    for density in (0.3, 0.2, 0.1, 0.05, 0.02)
+)
+
+BLOCKS = tuple(
+    Case("square", 4096, 4096, n, density, dtype, ("bsr",), block)
+    for block in ((4, 1), (8, 1), (16, 16), (32, 32), (64, 64), (128, 128))
+    for n in (1, 16, 512, 2048)
+    for density in (0.2, 0.1, 0.05)
+    for dtype in (("float32",) if block[1] == 1 else ("bfloat16", "float32"))
+    if dtype == "bfloat16" or n == 2048
+)
+
+CONVOLUTION = tuple(
+    Case(name, filters, channels, batch, density, dtype, ("csr",), (1, 1), kernel, size, stride)
+    for name, filters, channels, kernel, size, stride in (
+        ("resnet50_layer1", 64, 64, (3, 3), (56, 56), 1),
+        ("resnet50_layer2", 128, 128, (3, 3), (28, 28), 1),
+        ("resnet50_layer2_first", 128, 128, (3, 3), (56, 56), 2),
+        ("resnet50_layer3", 256, 256, (3, 3), (14, 14), 1),
+        ("resnet50_layer4", 512, 512, (3, 3), (7, 7), 1),
+        ("resnet50_layer3_1x1", 1024, 256, (1, 1), (14, 14), 1),
+        ("resnet50_layer1_1x1", 256, 64, (1, 1), (56, 56), 1),
+    )
+    for batch in (1, 32)
+    for density in (0.2, 0.1, 0.05)
+    for dtype in ("float32",)
+)
+
+SUITES = {
+    "decode": DECODE,
+    "small_batch": SMALL_BATCH,
+    "exact": EXACT,
+    "blocks": BLOCKS,
+    "convolution": CONVOLUTION,
+}
