@@ -27,6 +27,10 @@ except ImportError as _error:
     )
     raise MissingDependencyError(f"sparselt's extension does not load: {_why}") from _error
 
+# The CUDA half of the operators, where it was built.
+if importlib.util.find_spec("sparselt._C_cuda") is not None:
+    importlib.import_module("sparselt._C_cuda")
+
 __all__ = ["check_kernel", "conv_shape", "isa", "kernels"]
 
 

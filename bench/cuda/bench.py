@@ -228,7 +228,7 @@ def run_case(case: Case, limits: dict[str, float]) -> list[dict[str, Any]]:
         row |= {"weight_bytes": contender.weight_bytes, "copies": len(contender.calls)}
         row["tf32"] = contender.tf32
         try:
-            with tf32(contender.tf32), torch.inference_mode():
+            with tf32(contender.tf32), torch.no_grad():
                 y = contender.calls[0]()
                 row["wrong"] = wrong(case, contender, weight, x, y)
                 if row["wrong"]:
@@ -262,6 +262,9 @@ def main() -> None:
     from sparselt import _C_cuda  # registers the CUDA kernels
 
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    # Ours add up in float32; so must what they are compared with.
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     limits = ceilings()
     properties = torch.cuda.get_device_properties(0)
     gpu = {
@@ -270,6 +273,7 @@ def main() -> None:
         "multiprocessors": properties.multi_processor_count,
         "l2_bytes": properties.L2_cache_size,
         "cuda_of_torch": torch.version.cuda,
+        "reduced_precision_reduction": False,
         "cuda_runtime": _C_cuda.runtime_version(),
         **limits,
     }
