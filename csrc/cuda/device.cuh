@@ -105,6 +105,10 @@ cudaError_t launch(void (*kernel)(Call), int64_t blocks, int threads, size_t sha
   if (shared_bytes > kSharedWithoutAsking) {
     const cudaError_t refused = cudaFuncSetAttribute(
         kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+    if (refused == cudaErrorInvalidValue) {
+      cudaGetLastError();  // forgotten: what the call needs, this device does not have
+      return cudaErrorNotSupported;
+    }
     if (refused != cudaSuccess) return refused;
   }
   kernel<<<static_cast<unsigned>(blocks), threads, shared_bytes, stream>>>(call);
