@@ -12,7 +12,7 @@
 #include <sanitizer/common_interface_defs.h>
 #endif
 
-#if defined(__x86_64__)
+#if defined(__x86_64__) && defined(__linux__)
 
 // Keeps the caller's registers on its stack, its stack pointer in *from, and goes on at `to`.
 extern "C" void cuda_host_switch(void** from, void* to);
