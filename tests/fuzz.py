@@ -17,7 +17,8 @@ from collections import Counter
 from collections.abc import Iterator
 
 import torch
-from cases import BLOCKS, DENSITIES, PATTERNS, ConvCase, SpmmCase, assert_within_bound
+from cases import DENSITIES, PATTERNS, ConvCase, SpmmCase, assert_within_bound
+from kernel_calls import blocks_of, ungrouped
 from torch import Tensor
 
 from sparselt import ops, reference
@@ -77,7 +78,7 @@ def a_convolution(chance: random.Random, seed: int, one_row: bool) -> ConvCase:
 
 def kernels_for(op: str) -> Iterator[KernelInfo]:
     for kernel in ops.kernels():
-        if kernel.op == op and kernel.usable and kernel.device == "cpu":
+        if op in kernel.operations and kernel.usable and kernel.device == "cpu":
             yield kernel
 
 
@@ -87,7 +88,9 @@ def solve(operation: str, case: SpmmCase | ConvCase, chance: random.Random) -> I
     residual = case.residual() if chance.random() < 0.3 else None
     limits = dict(zip(("lower", "upper"), chance.choice(LIMITS), strict=True))
     for kernel in kernels_for("spmm" if isinstance(case, SpmmCase) else "conv2d"):
-        block = chance.choice(BLOCKS) if kernel.format == "bsr" else None
+        if isinstance(case, ConvCase) and ungrouped(kernel, case) != case:
+            continue
+        block = chance.choice(blocks_of(kernel))
         weight = case.weight(kernel.format, block)
         arguments, options = given(operation, case, weight, residual)
         options |= limits
@@ -112,7 +115,8 @@ def given(
     assert isinstance(case, ConvCase)
     if operation == "conv2d":
         return (case.x(), weight), {**case.options(), "residual": residual}
-    flat = pack(weight.to_dense().squeeze(2), weight.mask().squeeze(2), weight.name)
+    block = None if weight.block == (1, 1) else weight.block
+    flat = pack(weight.to_dense().squeeze(2), weight.mask().squeeze(2), weight.name, block)
     options = {
         "stride": case.stride[1],
         "padding": case.padding[1],

@@ -216,13 +216,14 @@ def test_unwritable_output_is_a_sentence(
 @pytest.mark.skipif(sys.platform == "win32", reason="SIGINT is sent the POSIX way")
 def test_interrupt_ends_cleanly(tmp_path: Path) -> None:
     words = ["bench", "kernel", "--seconds", "60", "--json", str(tmp_path / "never.json")]
+    # Before the command's own code runs, an interrupt is Python's to answer.
+    program = f"from sparselt.cli import main; print('ready', flush=True); exit(main({words}))"
     process = subprocess.Popen(
-        [sys.executable, "-m", "sparselt", *words],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
-    time.sleep(6)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    time.sleep(2)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
