@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sparselt.errors import OptionError
+from sparselt.errors import FormatError, OptionError, ShapeError
 from sparselt.lottery import Data, Recipe
 from sparselt.lottery.networks import build
 from sparselt.lottery.structured_search import StructuredLevel, run_structured_levels
@@ -160,3 +160,36 @@ def test_what_it_cannot_do_is_refused(data: Data, options: dict[str, object]) ->
     arguments = {"recipe": RECIPE, **options}
     with pytest.raises(OptionError):
         list(run_structured_levels(make, data, **arguments))  # type: ignore[arg-type]
+
+
+def test_a_ticket_shrinks_the_original_network_it_is_applied_to(
+    levels: list[StructuredLevel], data: Data, tmp_path: Path
+) -> None:
+    last = levels[-1]
+    last.ticket.save(tmp_path / "t.safetensors")
+    small = last.ticket.apply(shrink(build(make, 5), last.delta)).eval()
+
+    model = load_ticket(tmp_path / "t.safetensors").apply(build(make, 7)).eval()
+
+    assert model[0].out_channels < 8
+    assert torch.equal(model(data.test[0]), small(data.test[0]))
+    assert torch.equal(last.ticket.apply(model)(data.test[0]), small(data.test[0]))
+
+
+def test_a_network_that_a_ticket_does_not_fit_is_left_as_it_was(
+    levels: list[StructuredLevel],
+) -> None:
+    for wider in (5, 12):
+        model = make()
+        model[6] = nn.Linear(6, wider)
+        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        with pytest.raises(ShapeError, match=r"6\.weight"):
+            levels[-1].ticket.apply(model)
+        assert all(torch.equal(tensor, before[n]) for n, tensor in model.state_dict().items())
+
+
+def test_a_damaged_architecture_is_refused(levels: list[StructuredLevel]) -> None:
+    ticket = levels[-1].ticket
+    damaged = replace(ticket, meta={**ticket.meta, "architecture": {"version": 1}})
+    with pytest.raises(FormatError, match="list of groups"):
+        damaged.apply(make())

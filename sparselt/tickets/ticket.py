@@ -134,30 +134,44 @@ class Ticket:
         """Loads the ticket's weights into ``model``, in place; a ticket of masks only zeroes pruned
         weights.
 
+        A ticket of a network with fewer channels says so in ``meta["architecture"]``; the original
+        network is then made as small first. Its parameters are new objects, so make an optimiser
+        afterwards.
+
         Args:
             model: A network whose state dict has exactly the ticket's names and shapes (for a
-                ticket of masks only: at least the masked names).
+                ticket of masks only: at least the masked names), or the original network of a
+                ticket with fewer channels.
 
         Returns:
             The same model.
 
         Raises:
-            FormatError: Names are missing on either side.
+            FormatError: Names are missing on either side, or ``meta["architecture"]`` is damaged.
             ShapeError: A tensor has another shape; the model is left as it was.
         """
         state = model.state_dict()
         wanted = {**self.masks, **self.weights}
         _check_names(wanted, state, partial=not self.weights)
+        expected, delta = state, None
+        differs = any(tensor.shape != state[name].shape for name, tensor in wanted.items())
+        if differs and "architecture" in self.meta:
+            from sparselt.tickets.architecture import Delta, shrink
+
+            delta = Delta.from_json(self.meta["architecture"])
+            expected = delta.slice(state)
         for name, tensor in wanted.items():
-            if tensor.shape != state[name].shape:
+            if tensor.shape != expected[name].shape:
                 raise ShapeError(
                     explain_mismatch(
                         name,
                         tuple(tensor.shape),
-                        tuple(state[name].shape),
+                        tuple(expected[name].shape),
                         "build the network the ticket was found in",
                     )
                 )
+        if delta is not None:
+            state = shrink(model, delta).state_dict()
         with torch.no_grad():
             for name, target in state.items():
                 if name in self.weights:
