@@ -323,6 +323,24 @@ class TestPruneAtInitialisation:
         assert bool((blocks.all(1) | ~blocks.any(1)).all())
         assert ticket.density == 0.25
 
+    @pytest.mark.parametrize("criterion", BEFORE_TRAINING)
+    def test_n_of_m_keeps_n_of_every_m_inputs_of_every_layer(self, criterion: str) -> None:
+        ticket = prune_at_initialisation(
+            lambda: chain(8, 16, 4), blobs(8, 4), criterion, 0.25, structure="1:4"
+        )
+
+        for mask in ticket.masks.values():
+            groups = mask.reshape(len(mask), -1, 4)
+            assert bool((groups.sum(-1) == 1).all())
+        assert ticket.density == 0.25
+
+    def test_n_of_m_at_a_ragged_edge_keeps_up_to_n(self) -> None:
+        ticket = prune_at_initialisation(
+            lambda: chain(6, 8, 3), blobs(), "snip", 0.25, structure="1:4"
+        )
+
+        assert ticket.masks["0.weight"].sum(1).tolist() == [2] * 8
+
     def test_a_module_is_copied_not_pruned(self) -> None:
         model = chain(6, 8, 3)
         before = copy.deepcopy(model.state_dict())
@@ -361,6 +379,8 @@ class TestPruneAtInitialisation:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
+            ({"structure": "2:4", "density": 0.1}, "density of 2:4: expected 2 / 4, got 0.1"),
+            ({"structure": "2:4", "budget": "erk"}, "budget of 2:4: expected global"),
             ({"criterion": "magnitude"}, "before training"),
             ({"criterion": "nothing"}, "expected one of"),
             ({"budget": "fair"}, "expected one of global, uniform, erk"),

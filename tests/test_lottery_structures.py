@@ -3,14 +3,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lottery_cases import one_thread, run_ladder  # noqa: F401
+from lottery_cases import RECIPE, blobs, one_thread, run_ladder  # noqa: F401
+from torch import nn
 
 from sparselt import errors
-from sparselt.lottery import Recipe
+from sparselt.lottery import Recipe, find_ticket
 from sparselt.lottery.masks import Group, groups_at, prune
 from sparselt.lottery.structures import Blocks, parse_structure
 
@@ -105,3 +108,13 @@ def test_n_of_m_refuses_counts_that_are_not_whole_groups() -> None:
 def test_malformed_structures_are_refused(text: str) -> None:
     with pytest.raises(errors.OptionError, match="structure"):
         parse_structure(text)
+
+
+def test_a_criterion_of_many_steps_serves_n_of_m_in_a_search() -> None:
+    recipe = replace(RECIPE, iterations=2, levels=2, structure="2:4", criterion="synflow")
+    make = lambda: nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))  # noqa: E731
+
+    ticket = find_ticket(make, blobs(), recipe)
+
+    assert ticket.masks["0.weight"].sum(1).tolist() == [4] * 8
+    assert ticket.masks["2.weight"].sum(1).tolist() == [4] * 3

@@ -24,7 +24,7 @@ from sparselt.lottery.masks import Group, full_masks, prune
 from sparselt.lottery.networks import Factory, build, factory_of
 from sparselt.lottery.recipe import Recipe
 from sparselt.lottery.seeds import derived_seed, generator
-from sparselt.lottery.structures import Blocks, parse_structure
+from sparselt.lottery.structures import Blocks, NOfM, parse_structure
 from sparselt.tickets import Ticket
 
 __all__ = ["prune_at_initialisation"]
@@ -51,9 +51,10 @@ def prune_at_initialisation(
         criterion: A key of ``CRITERIA`` that ranks weights before training: snip, grasp, synflow,
             random or magnitude_at_start.
         density: Kept over prunable units over all layers, from 0 to 1; met exactly, rounded to
-            whole units.
+            whole units. N:M keeps N of M in every layer, so it has to be N / M there (channels that
+            are no multiple of M keep a little more), and the budget ``global``.
         budget: ``global`` (layers compete by score), or the layers' shares: ``uniform``, ``erk``.
-        structure: Unit of pruning: ``RxC`` or ``filter``.
+        structure: Unit of pruning: ``RxC``, ``N:M`` or ``filter``.
         ignore: Name patterns of weights that are never pruned.
         seed: Of the weights and of every random choice.
 
@@ -62,8 +63,8 @@ def prune_at_initialisation(
         ``train(ticket.apply(model), data, Training(recipe), ticket.masks)``.
 
     Raises:
-        OptionError: An unknown name, a criterion that needs a trained network, or a density outside
-            0 to 1.
+        OptionError: An unknown name, a criterion that needs a trained network, a density outside
+            0 to 1, or one that N:M cannot keep.
 
     Example:
         >>> x, y = torch.randn(80, 4), torch.arange(80) % 2
@@ -87,8 +88,11 @@ def prune_at_initialisation(
     state = {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
     masks = full_masks(model, Recipe(ignore=tuple(ignore)))
     start = {name: state[name] for name in masks}
-    groups = budget_groups(
-        budget, {name: tuple(mask.shape) for name, mask in masks.items()}, density, units
+    shapes = {name: tuple(mask.shape) for name, mask in masks.items()}
+    groups = (
+        _n_of_m_groups(units, shapes, density, budget)
+        if isinstance(units, NOfM)
+        else budget_groups(budget, shapes, density, units)
     )
     for step in range(1, chosen.steps + 1):
         source = generator(seed, "criterion", step)
@@ -103,6 +107,21 @@ def prune_at_initialisation(
         "seed": seed,
     }
     return Ticket(masks, state, start, {"initialisation": meta})
+
+
+def _n_of_m_groups(
+    units: NOfM, shapes: Mapping[str, tuple[int, ...]], density: float, budget: str
+) -> list[Group]:
+    """Every layer keeps N of M; anything else is refused rather than rounded."""
+    name = f"{units.n}:{units.m}"
+    if budget != "global":
+        hint = f"{name} keeps the same share of every layer"
+        raise OptionError(explain_mismatch(f"budget of {name}", "global", budget, hint))
+    if round(density * units.m, 6) != units.n:
+        raise OptionError(
+            explain_mismatch(f"density of {name}", f"{units.n} / {units.m}", f"{density:g}")
+        )
+    return [Group((n,), units.count([shape], 0.0, units.m)) for n, shape in shapes.items()]
 
 
 def _masked(model: nn.Module, masks: Mapping[str, Tensor]) -> nn.Module:
@@ -121,5 +140,6 @@ def _partly(
     for group in groups:
         total = sum(units.collapse(torch.ones_like(masks[name])).numel() for name in group.names)
         left = round(total * (group.keep / total) ** share) if group.keep else group.keep
-        result.append(Group(group.names, max(left, group.keep)))
+        shapes = [tuple(masks[name].shape) for name in group.names]
+        result.append(Group(group.names, units.at_least(shapes, max(left, group.keep))))
     return result

@@ -314,7 +314,9 @@ class _Search:
         now = sum(int(self.structure.collapse(self.masks[name]).sum()) for name in group.names)
         if not group.keep or share == 1:
             return group
-        return Group(group.names, max(group.keep, round(now * (group.keep / now) ** share)))
+        left = max(group.keep, round(now * (group.keep / now) ** share))
+        shapes = [tuple(self.masks[name].shape) for name in group.names]
+        return Group(group.names, self.structure.at_least(shapes, left))
 
     def _masked_model(self, masks: Mapping[str, Tensor]) -> nn.Module:
         with torch.no_grad():

@@ -78,6 +78,10 @@ class Blocks:
         """Number of units that stay at ``fraction`` of all, after ``level`` rounds."""
         return round(sum(math.prod(self.grid(shape)) for shape in shapes) * fraction)
 
+    def at_least(self, shapes: Sequence[tuple[int, ...]], keep: int) -> int:
+        """The smallest number of units that can stay and is not below ``keep``."""
+        return keep
+
     def choose(
         self, scores: Sequence[Tensor], shapes: Sequence[tuple[int, ...]], keep: int
     ) -> list[Tensor]:
@@ -141,11 +145,15 @@ class NOfM(Blocks):
         kept = self.m if fraction == 1 else max(self.n, self.m - level)
         return sum(self._count(shape, kept) for shape in shapes)
 
+    def at_least(self, shapes: Sequence[tuple[int, ...]], keep: int) -> int:
+        """The smallest number of weights that whole groups can keep and is not below ``keep``."""
+        return min(count for count in self._counts(shapes) if count >= keep)
+
     def choose(
         self, scores: Sequence[Tensor], shapes: Sequence[tuple[int, ...]], keep: int
     ) -> list[Tensor]:
         """The largest of each group, as many a group as ``keep`` in all come to."""
-        counts = [sum(self._count(shape, n) for shape in shapes) for n in range(self.m + 1)]
+        counts = self._counts(shapes)
         if keep not in counts:
             raise OptionError(
                 explain_mismatch(f"weights kept by {self.n}:{self.m}", f"one of {counts}", keep)
@@ -159,6 +167,10 @@ class NOfM(Blocks):
         """As many kept in each group as before, at random places in it."""
         most = int(self._grouped(kept.float(), shape, 0.0).sum(-1).max()) if kept.any() else 0
         return self._largest(torch.rand(kept.numel(), generator=source), shape, most)
+
+    def _counts(self, shapes: Sequence[tuple[int, ...]]) -> list[int]:
+        """Weights that stay where each group keeps 0, 1, ... M of its own."""
+        return [sum(self._count(shape, n) for shape in shapes) for n in range(self.m + 1)]
 
     def _count(self, shape: tuple[int, ...], kept: int) -> int:
         channels = shape[1]
