@@ -16,8 +16,6 @@ from sparselt.errors import OptionError, SparseltError
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
-    from sparselt import lottery
-    from sparselt.measure.report import Column
     from sparselt.measure.suites import Layer
 
 __all__ = ["main", "parser"]
@@ -34,7 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     Exit codes: 0 done, 1 a check failed (a wrong output, a kernel's self-test), 2 wrong input,
     130 stopped by Ctrl-C.
     """
-    arguments = parser().parse_args(argv)
+    words = sys.argv[1:] if argv is None else argv
+    arguments = parser(words).parse_args(words)
     try:
         code: int = arguments.run(arguments)
     except KeyboardInterrupt:
@@ -49,13 +48,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     return code
 
 
-def parser() -> argparse.ArgumentParser:
-    """The whole command line; nothing heavy is imported to build it."""
+def parser(words: Sequence[str] = ()) -> argparse.ArgumentParser:
+    """The whole command line; nothing heavy is imported to build it.
+
+    Args:
+        words: What it is to parse. The flags of ``find`` need torch, so they are there only if the
+            first word is ``find``.
+    """
     top = argparse.ArgumentParser(prog="sparselt", description=_DESCRIPTION)
     top.add_argument("--version", action="version", version=f"sparselt {sparselt.__version__}")
     commands = top.add_subparsers(title="commands", required=True, metavar="COMMAND")
     for add in (_quickstart, _find, _inspect, _convert, _bench, _compare, _doctor):
         add(commands)
+    if words[:1] and words[0] == "find":
+        from sparselt.lottery.command import add_flags
+
+        add_flags(commands.choices["find"])
     return top
 
 
@@ -88,22 +96,8 @@ def _quickstart(commands: Any) -> None:
 
 
 def _find(commands: Any) -> None:
-    text = "find a ticket by iterative magnitude pruning with reset to the original weights"
-    command = _command(commands, "find", _run_find, text)
-    command.add_argument(
-        "--out", default="ticket.safetensors", metavar="FILE", help="default: %(default)s"
-    )
-    command.add_argument("--runs", metavar="FOLDER", help="keep the run there, and resume it")
-    command.add_argument(
-        "--controls", nargs="*", default=["reinit"], metavar="NAME", help="default: reinit"
-    )
-    command.add_argument(
-        "--data-folder", metavar="FOLDER", help="of the data's files (default: SPARSELT_DATA)"
-    )
-    if "find" in sys.argv[1:2]:  # the recipe's flags need torch, which other commands do without
-        from sparselt.lottery import Recipe
-
-        Recipe.add_flags(command)
+    text = "find a ticket: by iterative pruning with controls, or by another method; see --help"
+    _command(commands, "find", _run_find, text)
 
 
 def _inspect(commands: Any) -> None:
@@ -347,54 +341,10 @@ def _run_quickstart(arguments: argparse.Namespace) -> int:
 
 
 def _run_find(arguments: argparse.Namespace) -> int:
-    from dataclasses import asdict
-
-    from sparselt import lottery
-    from sparselt.measure import inspection, report
+    from sparselt import frontier
+    from sparselt.lottery import command
     from sparselt.measure.machine import header
 
-    recipe = lottery.Recipe.from_flags(arguments)
-    with _status() as progress:
-        ticket = lottery.find_ticket(
-            recipe.network,
-            lottery.load_data(recipe.data, arguments.data_folder),
-            recipe,
-            controls=arguments.controls,
-            folder=arguments.runs,
-            progress=lambda now: progress(_where(now)),
-        )
-    ticket.save(arguments.out)
-    rows = ticket.meta["levels"]
-    _show(
-        report.rich_table(f"{recipe.network} on {recipe.data}", _level_columns(arguments), rows),
-        f"Wrote {arguments.out}.",
-        inspection.summary(inspection.inspect_file(arguments.out)),
-    )
-    _keep(
-        arguments,
-        {"kind": "find", "machine": header(), "recipe": asdict(recipe), "rows": rows},
-    )
+    run = frontier.find_frontier if arguments.frontier else command.find
+    _keep(arguments, {"kind": "find", "machine": header(), **run(arguments)})
     return 0
-
-
-def _where(now: lottery.Progress) -> str:
-    step = now.step
-    return (
-        f"level {now.level} of {now.levels - 1}, {now.arm}: iteration {step.iteration} of "
-        f"{step.iterations}, validation accuracy {step.validation_accuracy:.1%}"
-    )
-
-
-def _level_columns(arguments: argparse.Namespace) -> list[Column]:
-    from sparselt.measure.report import Column
-
-    def control(name: str) -> Callable[[dict[str, Any]], str]:
-        return lambda row: f"{row['controls'][name]:.2%}" if name in row["controls"] else "-"
-
-    return [
-        Column("level", lambda row: str(row["level"])),
-        Column("density", lambda row: f"{row['density']:.2%}"),
-        Column("test accuracy", lambda row: f"{row['test_accuracy']:.2%}"),
-        Column("validation", lambda row: f"{row['validation_accuracy']:.2%}"),
-        *(Column(f"control {name}", control(name)) for name in arguments.controls),
-    ]

@@ -7,13 +7,16 @@ machine: masks through ``sparselt.compile``, whole channels as the smaller dense
 
 from __future__ import annotations
 
+import argparse
 import csv
 import io
 import statistics
+import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +24,7 @@ from torch import Tensor, nn
 import sparselt
 from sparselt import lottery
 from sparselt.errors import MissingDependencyError, OptionError, explain_mismatch
+from sparselt.lottery.command import check_flags, recipe_from, seeds_of
 from sparselt.lottery.networks import Factory, build, factory_of
 from sparselt.lottery.seeds import derived_seed
 from sparselt.lottery.structured_search import STRUCTURE, run_structured_levels
@@ -29,13 +33,19 @@ from sparselt.measure.machine import header, one_line
 from sparselt.measure.report import write_json, write_text
 from sparselt.measure.timer import interleave, speedup
 from sparselt.measure.worker import output_error
-from sparselt.tickets.architecture import shrink
 from sparselt.tickets.file import replace_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["Point", "draw_frontier", "measure_frontier", "undominated", "write_frontier"]
+__all__ = [
+    "Point",
+    "draw_frontier",
+    "find_frontier",
+    "measure_frontier",
+    "undominated",
+    "write_frontier",
+]
 
 DENSE = "dense"
 _TOLERANCE = 1e-4
@@ -143,6 +153,42 @@ def measure_frontier(
                     if progress is not None:
                         progress(_line(points[-1]))
     return points
+
+
+def find_frontier(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What ``sparselt find --frontier`` does: measures, writes the record, prints the frontier.
+
+    Args:
+        arguments: From a parser with the flags of :mod:`sparselt.lottery.command`.
+
+    Returns:
+        Plain values for JSON: the recipe, and one row a ticket and batch size.
+
+    Raises:
+        OptionError: Flags that do not go together, or a value out of its range.
+        DataError: The data are absent, or training diverged.
+    """
+    check_flags(arguments)
+    recipe = recipe_from(arguments)
+    points = measure_frontier(
+        recipe,
+        arguments.frontier,
+        seeds=seeds_of(arguments, recipe),
+        batches=arguments.batches or (1, 64),
+        data=lottery.load_data(recipe.data, arguments.data_folder),
+        folder=arguments.runs,
+        progress=lambda line: print(line, file=sys.stderr, flush=True),
+    )
+    title = f"{recipe.network} on {recipe.data}, {recipe.iterations} iterations"
+    if arguments.record:
+        write_frontier(points, recipe, arguments.record)
+        with suppress(MissingDependencyError):
+            draw_frontier(points, title, Path(arguments.record).with_suffix(".png"))
+    for batch in dict.fromkeys(point.batch for point in points):
+        print(f"What nothing beats in accuracy and latency at batch {batch}, {title}:")
+        for point in undominated(points, batch):
+            print(f"  {_line(point)}")
+    return {"recipe": asdict(recipe), "rows": [asdict(point) for point in points]}
 
 
 def undominated(points: Sequence[Point], batch: int) -> list[Point]:
@@ -263,7 +309,7 @@ def _tickets(
     seed = derived_seed(recipe.seed, "weights")
     if recipe.structure == STRUCTURE:
         for small in run_structured_levels(factory, data, recipe, folder=folder):
-            model = small.ticket.apply(shrink(build(factory, seed), small.delta)).eval()
+            model = small.ticket.apply(build(factory, seed)).eval()
             name = STRUCTURE if small.index else DENSE
             yield _Found(name, small.index, small.density, small.outcome.test_accuracy, model)
         return

@@ -143,17 +143,36 @@ def test_bench_model_runs_a_ticket_of_a_users_network(
     assert "sparselt" in capsys.readouterr().out
 
 
-def test_find_writes_a_ticket(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_find_writes_a_ticket(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("sklearn", reason="the digits come with scikit-learn, not installed")
     words = ["find", "--network", "lenet_300_100", "--data", "digits", "--iterations", "20"]
     words += ["--levels", "1", "--rate", "0.5", "--out", str(tmp_path / "t.safetensors")]
-    monkeypatch.setattr("sys.argv", ["sparselt", *words])
     assert cli.main([*words, "--json", str(tmp_path / "t.json")]) == 0
     assert sparselt.load_ticket(tmp_path / "t.safetensors").density < 0.6
-    assert "control reinit" in capsys.readouterr().out
-    assert len(json.loads((tmp_path / "t.json").read_text())["rows"]) == 2
+    shown = capsys.readouterr().out
+    assert "reinit" in shown
+    assert "Wrote" in shown
+    result = json.loads((tmp_path / "t.json").read_text())
+    assert [row["arm"] for row in result["rows"]] == ["ticket", "ticket", "reinit"]
+    assert result["machine"]
+
+
+def test_find_measures_a_frontier(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("sklearn", reason="the digits come with scikit-learn, not installed")
+    words = ["find", "--recipe", "digits_lenet", "--iterations", "20", "--levels", "1"]
+    words += ["--frontier", "channels", "--batches", "2", "--json", str(tmp_path / "f.json")]
+    assert cli.main(words) == 0
+    assert "at batch 2" in capsys.readouterr().out
+    rows = json.loads((tmp_path / "f.json").read_text())["rows"]
+    assert [row["structure"] for row in rows] == ["dense", "channels"]
+
+
+def test_find_explains_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["find", "--help"])
+    shown = capsys.readouterr().out
+    for flag in ("--method", "--stability", "--frontier", "--dead-units", "--diagnose", "--rewind"):
+        assert flag in shown
 
 
 @pytest.mark.parametrize(
@@ -162,6 +181,8 @@ def test_find_writes_a_ticket(
         (["inspect", "absent.pt"], "no such file"),
         (["convert", "absent.pt", "x.safetensors"], "no such file"),
         (["compare", "absent.json", "absent.json"], "absent.json"),
+        (["find", "--recipe", "absent"], "recipe: expected one of"),
+        (["find", "--data", "absent"], "absent"),
         (["bench", "kernel", "--shape", "512x512"], "--shape: expected 3 numbers"),
         (["bench", "kernel", "--block", "0x1"], "--block"),
         (["bench", "kernel", "--density", "2", "--shape", "4x4x4"], "density: expected 0 to 1"),

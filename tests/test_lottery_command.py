@@ -9,12 +9,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from lottery_cases import one_thread  # noqa: F401
 
-from sparselt import errors
-from sparselt.lottery import Recipe, recipe_of
+from sparselt import errors, frontier
+from sparselt.lottery import Recipe, load_data, recipe_of
 from sparselt.lottery.command import add_flags, find, recipe_from
+from sparselt.lottery.methods import METHODS
+from sparselt.lottery.networks import build, factory_of
 from sparselt.lottery.record import read_record
+from sparselt.lottery.stability_record import read_stability
 from sparselt.tickets import load_ticket
 
 pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
@@ -81,3 +85,109 @@ def test_several_seeds_run_apart_and_the_first_ticket_is_kept(tmp_path: Path) ->
     assert {row["seed"] for row in found["rows"]} == {4, 5}
     assert load_ticket(ticket).meta["seed"] == 4
     assert found["advice"] == []
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_leaves_a_ticket_that_its_network_takes(method: str, tmp_path: Path) -> None:
+    ticket, record = tmp_path / "t.safetensors", tmp_path / "r.json"
+    words = [*SHORT, "--levels", "1", "--rate", "0.5", "--criterion", "snip"]
+    words = words if method == "at_initialisation" else words[:-2]
+
+    found = find(parsed(*words, "--method", method, "--out", str(ticket), "--record", str(record)))
+
+    loaded = load_ticket(ticket)
+    data = load_data("digits")
+    model = loaded.apply(build(factory_of("lenet_300_100", data.shape, 10), 1)).eval()
+    with torch.no_grad():
+        right = (model(data.test[0]).argmax(1) == data.test[1]).float().mean()
+    last = [row for row in found["rows"] if row["arm"] == "ticket"][-1]
+    assert float(right) == pytest.approx(last["test_accuracy"])
+    assert loaded.density == 1.0 if method == "channels" else loaded.density < 0.6
+    arms = {row["arm"] for row in found["rows"]}
+    assert arms == {"ticket", *METHODS[method].controls}
+    assert bool(found["verdicts"]) == METHODS[method].judged
+    assert len(read_record(record)[0]) == len(found["rows"])
+    json.dumps(found)
+
+
+@pytest.mark.parametrize("method", ["channels", "at_initialisation"])
+def test_a_kept_run_of_any_method_is_read_and_not_trained_again(
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = [*SHORT, "--levels", "1", "--method", method, "--runs", str(tmp_path)]
+    words += ["--criterion", "grasp"] if method == "at_initialisation" else []
+    words += ["--out", str(tmp_path / "t.safetensors"), "--seeds", "3", "5"]
+    first = find(parsed(*words))
+    monkeypatch.setattr("sparselt.lottery.training._Loop.run", None)
+
+    assert find(parsed(*words)) == first
+    assert {row["seed"] for row in first["rows"]} == {3, 5}
+
+
+def test_masks_of_other_densities_do_not_share_a_run(tmp_path: Path) -> None:
+    words = [*SHORT, "--method", "at_initialisation", "--criterion", "snip", "--controls"]
+    words += ["--runs", str(tmp_path), "--out", str(tmp_path / "t.safetensors"), "--density"]
+
+    densities = [find(parsed(*words, share))["rows"][-1]["density"] for share in ("0.2", "0.5")]
+
+    assert densities == pytest.approx([0.2, 0.5], abs=1e-4)
+
+
+def test_dead_units_are_reported_and_removed_without_a_change_of_outputs(tmp_path: Path) -> None:
+    whole, small = tmp_path / "whole.safetensors", tmp_path / "small.safetensors"
+    words = [*SHORT, "--controls", "--levels", "1", "--rate", "0.95"]
+
+    found = find(parsed(*words, "--out", str(whole), "--dead-units", "report"))
+    find(parsed(*words, "--out", str(small), "--dead-units", "remove"))
+
+    assert [row["name"] for row in found["activity"]] == ["2", "4"]
+    assert any(row["dead"] for row in found["activity"])
+    data = load_data("digits")
+    factory = factory_of("lenet_300_100", data.shape, 10)
+    models = [load_ticket(path).apply(build(factory, 1)).eval() for path in (whole, small)]
+    wide, narrow = (len(model.get_parameter("1.weight")) for model in models)
+    assert narrow < wide
+    x = data.train[0]
+    torch.testing.assert_close(models[1](x), models[0](x))
+
+
+def test_stability_gives_a_pair_of_rows_a_point_and_no_ticket(tmp_path: Path) -> None:
+    ticket, record = tmp_path / "t.safetensors", tmp_path / "s.json"
+
+    found = find(
+        parsed(*SHORT, "--stability", "0", "10", "--out", str(ticket), "--record", str(record))
+    )
+
+    rows = [(row["arm"], row["start"]) for row in found["rows"]]
+    assert rows == [("dense", 0), ("ticket", 0), ("dense", 10), ("ticket", 10)]
+    assert len(read_stability(record)[0]) == 4
+    assert not ticket.exists()
+
+
+def test_the_frontier_has_a_row_a_level_and_structure(tmp_path: Path) -> None:
+    record = tmp_path / "f.json"
+    words = [*SHORT, "--levels", "1", "--frontier", "4x1", "channels", "--batches", "1"]
+
+    found = frontier.find_frontier(parsed(*words, "--record", str(record)))
+
+    assert [row["structure"] for row in found["rows"]] == ["dense", "4x1", "channels"]
+    assert all(row["latency_us"] for row in found["rows"])
+    assert json.loads(record.read_text())["kind"] == "frontier"
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--density", "0.2"], "--density: expected --method edge_popup or .* got --method imp"),
+        (["--scaled"], "--scaled: expected --method edge_popup with it"),
+        (["--stability", "0", "--dead-units", "report"], "--dead-units: .* got --stability"),
+        (["--method", "channels", "--diagnose"], "--diagnose: expected --method imp"),
+        (["--method", "channels", "--controls", "reinit"], "control: expected one of scratch_e"),
+        (["--method", "at_initialisation"], "criterion before training"),
+        (["--method", "edge_popup", "--frozen-weights", "ones"], "weights: expected one of"),
+        (["--seeds", "1", "1"], "seeds: expected different numbers"),
+    ],
+)
+def test_flags_that_make_no_sense_together_are_refused(words: list[str], sentence: str) -> None:
+    with pytest.raises(errors.OptionError, match=sentence):
+        find(parsed(*SHORT, *words))

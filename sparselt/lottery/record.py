@@ -13,6 +13,7 @@ from pathlib import Path
 from sparselt.errors import DataError
 from sparselt.lottery.recipe import Recipe
 from sparselt.lottery.search import Level
+from sparselt.lottery.structured_search import StructuredLevel
 from sparselt.lottery.training import Outcome
 from sparselt.tickets.file import replace_file
 
@@ -55,7 +56,7 @@ class Row:
         return self.arm.partition("#")[0]
 
 
-def rows_of(levels: Iterable[Level], seed: int) -> list[Row]:
+def rows_of(levels: Iterable[Level | StructuredLevel], seed: int) -> list[Row]:
     """The rows of one search: at each level the ticket first, then its controls."""
     return [
         _row(level, seed, arm, outcome)
@@ -97,7 +98,7 @@ def read_record(path: str | Path) -> tuple[list[Row], Recipe]:
     return rows, Recipe.from_values(recipe)
 
 
-def _row(level: Level, seed: int, arm: str, outcome: Outcome) -> Row:
+def _row(level: Level | StructuredLevel, seed: int, arm: str, outcome: Outcome) -> Row:
     return Row(
         seed=seed,
         level=level.index,
