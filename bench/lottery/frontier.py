@@ -15,12 +15,13 @@ import argparse
 import shlex
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from sparselt.frontier import draw_frontier, measure_frontier, undominated, write_frontier
-from sparselt.lottery import Recipe
+from sparselt.lottery import Recipe, load_data
 from sparselt.lottery.structured_search import STRUCTURE
 
 OUT = Path(__file__).resolve().parent.parent / "results" / "lottery"
@@ -38,6 +39,7 @@ def main() -> None:
     add("--structures", nargs="+", default=STRUCTURES, help="default: %(default)s")
     add("--seeds", type=int, default=1, help="default: %(default)s")
     add("--batches", type=int, nargs="+", default=(1, 64), help="default: %(default)s")
+    add("--examples", type=int, help="only that many of the training split (default: all)")
     add("--threads", type=int, default=1, help="default: %(default)s")
     add("--out", type=Path, default=OUT, help="default: bench/results/lottery")
     add("--runs", type=Path, help="folder that keeps the searches; by default nothing is kept")
@@ -45,12 +47,15 @@ def main() -> None:
     chosen = parser.parse_args()
     recipe = Recipe.from_flags(chosen, RECIPE)
     torch.set_num_threads(chosen.threads)
+    data = load_data(recipe.data)
+    data = replace(data, train=(data.train[0][: chosen.examples], data.train[1][: chosen.examples]))
     with tempfile.TemporaryDirectory() as scratch:
         points = measure_frontier(
             recipe,
             chosen.structures,
             seeds=range(chosen.seeds),
             batches=chosen.batches,
+            data=data,
             folder=chosen.runs or scratch,
             progress=lambda line: print(line, flush=True),
         )
@@ -58,6 +63,8 @@ def main() -> None:
     command = shlex.join(["python", "-m", "bench.lottery.frontier", *sys.argv[1:]])
     write_frontier(points, recipe, stem.with_suffix(".json"), command)
     title = f"{recipe.network} on {recipe.data}, {recipe.iterations} iterations"
+    if chosen.examples:
+        title += f", {chosen.examples} examples"
     draw_frontier(points, title, stem.with_suffix(".png"))
     for batch in chosen.batches:
         print(f"frontier at batch {batch}:")
