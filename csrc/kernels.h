@@ -108,7 +108,7 @@ struct Panel {
   float* y;  // row m of the weight goes to y + m * y_stride plus the pieces of `stores`
   int64_t y_stride;
   const Piece* stores;
-  int num_stores;  // as many as vectors where the panel is one stretch of memory
+  int num_stores;
 };
 
 struct PanelCall {

@@ -79,23 +79,16 @@ inline void store_half(__m256 sum, const Piece& piece, int half, const Epilogue&
 }
 
 template <int NV>
-void store_row(const PanelCall& call, int64_t m, const __m256 (&sum)[2 * NV]) {
+void store_row(const PanelCall& call, int64_t m) {
   const Panel& panel = call.panel;
+  const float* sums = call.sums + m * (NV * kPieceLanes);
   float* y = panel.y + m * panel.y_stride;
   const float* residual =
       call.epilogue.residual ? call.epilogue.residual + m * panel.y_stride : nullptr;
-  if (panel.num_stores == NV) {
-    for (int i = 0; i < 2 * NV; ++i) {
-      store_half(sum[i], panel.stores[i / 2], i % 2, call.epilogue, residual, y);
-    }
-    return;
-  }
-  alignas(32) float row[NV * kPieceLanes];
-  for (int i = 0; i < 2 * NV; ++i) _mm256_store_ps(row + i * kLanes, sum[i]);
   for (int i = 0; i < panel.num_stores; ++i) {
     const Piece& piece = panel.stores[i];
     for (int half = 0; half < 2; ++half) {
-      const __m256 part = _mm256_load_ps(row + piece.vector * kPieceLanes + half * kLanes);
+      const __m256 part = _mm256_load_ps(sums + piece.vector * kPieceLanes + half * kLanes);
       store_half(part, piece, half, call.epilogue, residual, y);
     }
   }
@@ -123,18 +116,21 @@ void multiply_block(const PanelCall& call, int64_t first_slice, int64_t last_sli
         }
       }
     }
+    SPARSELT_UNROLL
     for (int r = 0; r < kSliceRows; ++r) {
       const int64_t m = rows[r];
-      if (m < 0) break;
+      if (m < 0) continue;
       float* sums = call.sums + m * (NV * kPieceLanes);
+      const __m256 bias = _mm256_set1_ps(call.epilogue.bias ? call.epilogue.bias[m] : 0.0f);
+      SPARSELT_UNROLL
       for (int i = 0; i < 2 * NV; ++i) {
-        const __m256 before =
-            is_first ? _mm256_set1_ps(call.epilogue.bias ? call.epilogue.bias[m] : 0.0f)
-                     : _mm256_load_ps(sums + i * kLanes);
-        sum[r][i] = _mm256_add_ps(before, sum[r][i]);
-        if (!is_last) _mm256_store_ps(sums + i * kLanes, sum[r][i]);
+        const __m256 before = is_first ? bias : _mm256_load_ps(sums + i * kLanes);
+        _mm256_store_ps(sums + i * kLanes, _mm256_add_ps(before, sum[r][i]));
       }
-      if (is_last) store_row<NV>(call, m, sum[r]);
+    }
+    if (!is_last) continue;
+    for (int r = 0; r < kSliceRows; ++r) {
+      if (rows[r] >= 0) store_row<NV>(call, rows[r]);
     }
   }
 }

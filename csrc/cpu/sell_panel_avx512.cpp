@@ -59,30 +59,20 @@ inline __m512 clamp(__m512 sum, __m512 lower, __m512 upper) {
 
 // Residual, clamp and store of a finished row.
 template <int NV>
-void store_row(const PanelCall& call, int64_t m, const __m512 (&sum)[NV]) {
+void store_row(const PanelCall& call, int64_t m) {
   const Panel& panel = call.panel;
   const __m512 lower = _mm512_set1_ps(call.epilogue.lower);
   const __m512 upper = _mm512_set1_ps(call.epilogue.upper);
+  const float* sums = call.sums + m * (NV * kLanes);
   float* y = panel.y + m * panel.y_stride;
   const float* residual =
       call.epilogue.residual ? call.epilogue.residual + m * panel.y_stride : nullptr;
-  if (panel.num_stores == NV) {
-    for (int v = 0; v < NV; ++v) {
-      const Piece& piece = panel.stores[v];
-      __m512 out = sum[v];
-      if (residual)
-        out = _mm512_add_ps(out, _mm512_maskz_loadu_ps(piece.mask, residual + piece.offset));
-      _mm512_mask_storeu_ps(y + piece.offset, piece.mask, clamp(out, lower, upper));
-    }
-    return;
-  }
-  alignas(64) float row[NV * kLanes];
-  for (int v = 0; v < NV; ++v) _mm512_store_ps(row + v * kLanes, sum[v]);
   for (int i = 0; i < panel.num_stores; ++i) {
     const Piece& piece = panel.stores[i];
-    __m512 out = _mm512_load_ps(row + piece.vector * kLanes);
-    if (residual)
+    __m512 out = _mm512_load_ps(sums + piece.vector * kLanes);
+    if (residual) {
       out = _mm512_add_ps(out, _mm512_maskz_loadu_ps(piece.mask, residual + piece.offset));
+    }
     _mm512_mask_storeu_ps(y + piece.offset, piece.mask, clamp(out, lower, upper));
   }
 }
@@ -108,18 +98,21 @@ void multiply_block(const PanelCall& call, int64_t first_slice, int64_t last_sli
           sum[r][v] = _mm512_fmadd_ps(value, _mm512_load_ps(x + v * kLanes), sum[r][v]);
       }
     }
+    SPARSELT_UNROLL
     for (int r = 0; r < kSliceRows; ++r) {
       const int64_t m = rows[r];
-      if (m < 0) break;
+      if (m < 0) continue;
       float* sums = call.sums + m * (NV * kLanes);
+      const __m512 bias = _mm512_set1_ps(call.epilogue.bias ? call.epilogue.bias[m] : 0.0f);
+      SPARSELT_UNROLL
       for (int v = 0; v < NV; ++v) {
-        const __m512 before =
-            is_first ? _mm512_set1_ps(call.epilogue.bias ? call.epilogue.bias[m] : 0.0f)
-                     : _mm512_load_ps(sums + v * kLanes);
-        sum[r][v] = _mm512_add_ps(before, sum[r][v]);
-        if (!is_last) _mm512_store_ps(sums + v * kLanes, sum[r][v]);
+        const __m512 before = is_first ? bias : _mm512_load_ps(sums + v * kLanes);
+        _mm512_store_ps(sums + v * kLanes, _mm512_add_ps(before, sum[r][v]));
       }
-      if (is_last) store_row<NV>(call, m, sum[r]);
+    }
+    if (!is_last) continue;
+    for (int r = 0; r < kSliceRows; ++r) {
+      if (rows[r] >= 0) store_row<NV>(call, rows[r]);
     }
   }
 }
