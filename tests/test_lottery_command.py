@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from lottery_cases import one_thread  # noqa: F401
 
 from sparselt import errors, frontier
 from sparselt.lottery import Recipe, load_data, recipe_of
-from sparselt.lottery.command import add_flags, find, recipe_from
+from sparselt.lottery.command import add_flags, check_flags, find, recipe_from
 from sparselt.lottery.methods import METHODS
 from sparselt.lottery.networks import build, factory_of
 from sparselt.lottery.record import read_record
@@ -50,6 +51,16 @@ def test_a_recipe_comes_from_a_name_or_a_file_and_flags_change_it(tmp_path: Path
     assert recipe_from(parsed("--recipe", str(tmp_path / "mine.json"))) == named
     changed = recipe_from(parsed("--recipe", "digits_conv", "--levels", "3"))
     assert changed == replace(named, levels=3)
+
+
+def test_the_commands_of_the_manual_parse() -> None:
+    manual = Path(__file__).parent.parent / "docs" / "lottery.md"
+    lines = [line for line in manual.read_text().splitlines() if line.startswith("sparselt find ")]
+    assert len(lines) >= 5
+    for line in lines:
+        arguments = parsed(*shlex.split(line)[2:])
+        check_flags(arguments)
+        assert recipe_from(arguments) != Recipe()
 
 
 def test_recipes_that_are_not_there_are_refused(tmp_path: Path) -> None:

@@ -34,9 +34,9 @@ def test_three_lines_are_three_lines() -> None:
 
 
 @pytest.mark.parametrize("words", re.findall(r"^\| `sparselt ([^`]*)`", README, re.MULTILINE))
-def test_commands_of_the_table_parse(words: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sys.argv", ["sparselt", *shlex.split(words)])
-    assert callable(cli.parser().parse_args(shlex.split(words)).run)
+def test_commands_of_the_table_parse(words: str) -> None:
+    given = shlex.split(words)
+    assert callable(cli.parser(given).parse_args(given).run)
 
 
 def test_linked_files_exist() -> None:
