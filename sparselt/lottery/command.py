@@ -129,6 +129,8 @@ def find(arguments: argparse.Namespace) -> dict[str, Any]:
     check_flags(arguments)
     recipe = recipe_from(arguments)
     seeds = seeds_of(arguments, recipe)
+    if distributed.join() and len(seeds) > 1:
+        raise OptionError(explain_mismatch("seeds", "one under torchrun", seeds))
     recipe = replace(recipe, seed=seeds[0])
     data = load_data(recipe.data, arguments.data_folder)
     if arguments.stability:
@@ -228,11 +230,12 @@ def _find_stability(
                 cells = [f"{100 * case.instability:.2f} points" for case in (dense, ticket)]
                 shares = [f"{100 * ticket.density:.1f} %", f"{100 * accuracy:.2f} %"]
                 table.add_row(str(seed), str(dense.start), *cells, *shares)
-    if arguments.record:
+    if arguments.record and distributed.is_leader():
         write_stability(rows, arguments.record, {"recipe": asdict(recipe)})
         title = _title(recipe, seeds)
         _draw(lambda picture: draw_stability(rows, picture, recipe.network, title), arguments)
-    Console().print(table)
+    if distributed.is_leader():
+        Console().print(table)
     return {"recipe": asdict(recipe), "rows": [row.to_values() for row in rows]}
 
 
