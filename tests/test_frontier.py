@@ -62,8 +62,10 @@ def test_density_is_over_the_original_weights(points: list[Point]) -> None:
     assert found["2:4", 2] == 0.5
 
 
-def point(structure: str, level: int, accuracy: float, us: float | None, seed: int = 0) -> Point:
-    return Point(structure, seed, level, 0.1, accuracy, 1, us, us, us, None, 0.0)
+def point(
+    structure: str, level: int, accuracy: float, us: float | None, seed: int = 0, dense: float = 100
+) -> Point:
+    return Point(structure, seed, level, 0.1, accuracy, 1, us, us, us and dense, None, 0.0)
 
 
 def test_frontier_by_hand() -> None:
@@ -73,6 +75,11 @@ def test_frontier_by_hand() -> None:
     everything = [dense, fast, slow_and_worse, wrong, good, tied]
     assert undominated(everything, 1) == [fast, good]
     assert undominated(everything, 64) == []
+
+
+def test_a_ticket_that_was_timed_while_the_machine_was_busy_is_not_slower_for_it() -> None:
+    idle, busy = point("1x1", 1, 0.95, 20.0), point("4x1", 1, 0.96, 30.0, dense=300.0)
+    assert undominated([idle, busy], 1) == [busy]
 
 
 def test_seeds_count_by_their_mean() -> None:

@@ -71,7 +71,7 @@ def main() -> None:
         for point in undominated(points, batch):
             print(
                 f"  {point.structure} level {point.level}: {point.test_accuracy:.4f}, "
-                f"{point.latency_us:.0f} us"
+                f"{point.latency_us:.0f} us, {point.dense_us:.0f} us dense"
             )
 
 
