@@ -119,13 +119,32 @@ struct PanelCall {
   float* sums;     // scratch: rows * vectors * 16 floats, aligned to 64 bytes
 };
 
+// A product with up to kMaxSpmvColumns columns, for which no panel is worth its width. x is laid
+// out by the blocks of the weight: column c of block b meets the `lanes` floats at x + (b *
+// (block_cols + 1) + c) * lanes. Lanes from `columns` on are zeros, and so are all of c =
+// block_cols, what short rows are filled up with. ops/spmv.cpp makes this.
+constexpr int64_t kMaxSpmvColumns = 8;
+struct SpmvCall {
+  SellView weight;
+  const float* x;   // aligned to 64 bytes
+  int64_t lanes;    // 1, 4 or 8
+  int64_t columns;  // 1 where lanes is 1
+  float* y;         // y[m, n] is at m * y_row_stride + n * y_column_stride, as in the residual; it
+                    // holds the row's sum from block to block
+  int64_t y_row_stride;  // 1 where lanes is 1
+  int64_t y_column_stride;
+  Epilogue epilogue;
+};
+
 // `rows` counts stored (block) rows; `columns` matrix columns; `pixels` flat pixels as above;
 // `sections` those of SELL.
 using PanelKernel = void (*)(const PanelCall& call, Range sections);
+using SpmvKernel = void (*)(const SpmvCall& call, Range sections);
 using SpmmKernel = void (*)(const SpmmCall& call, Range rows, Range columns);
 using Conv2dKernel = void (*)(const Conv2dCall& call, Range rows, Range pixels);
 
 #define KERNEL_SIGNATURE_panel const PanelCall &call, Range sections
+#define KERNEL_SIGNATURE_spmv const SpmvCall &call, Range sections
 #define KERNEL_SIGNATURE_spmm const SpmmCall &call, Range rows, Range columns
 #define KERNEL_SIGNATURE_conv2d const Conv2dCall &call, Range rows, Range pixels
 #define KERNEL_DECLARE_cpu(name, op) void name(KERNEL_SIGNATURE_##op);
@@ -139,6 +158,7 @@ namespace cpu {
 #undef KERNEL_DECLARE_cpu
 #undef KERNEL_SIGNATURE_conv2d
 #undef KERNEL_SIGNATURE_spmm
+#undef KERNEL_SIGNATURE_spmv
 #undef KERNEL_SIGNATURE_panel
 
 }  // namespace sparselt

@@ -11,17 +11,20 @@ struct KernelFunction {
   SpmmKernel spmm = nullptr;
   PanelKernel panel = nullptr;
   Conv2dKernel conv2d = nullptr;
+  SpmvKernel spmv = nullptr;
   KernelFunction() = default;
   explicit KernelFunction(SpmmKernel function) : spmm(function) {}
   explicit KernelFunction(PanelKernel function) : panel(function) {}
   explicit KernelFunction(Conv2dKernel function) : conv2d(function) {}
+  explicit KernelFunction(SpmvKernel function) : spmv(function) {}
 };
 
 KernelInfo make_info(std::string_view name, std::string_view op, std::string_view format,
                      std::string_view device, Isa isa, int tile_rows, int tile_columns,
                      std::string_view dtype, KernelFunction function) {
-  return {name,         op,    format,        device,          isa,           tile_rows,
-          tile_columns, dtype, function.spmm, function.conv2d, function.panel};
+  return {name,           op,           format, device,        isa,
+          tile_rows,      tile_columns, dtype,  function.spmm, function.conv2d,
+          function.panel, function.spmv};
 }
 
 // A kernel for another architecture, or for CUDA, is listed here but not built into this module.
@@ -70,8 +73,10 @@ const KernelInfo& find_kernel(std::string_view name, std::string_view op, std::s
   std::string usable;
   const auto serves = [&](const KernelInfo& kernel) {
     if (kernel.format != format || kernel.device != "cpu") return false;
-    if (kernel.op != "panel") return kernel.op == op;
-    return kernel.tile_rows == 1 || kernel.tile_rows == block_rows;
+    const bool serves_op =
+        kernel.op == op || kernel.op == "panel" || (kernel.op == "spmv" && op == "spmm");
+    const bool fits = format != "sell" || kernel.tile_rows == 1 || kernel.tile_rows == block_rows;
+    return serves_op && fits;
   };
   for (const KernelInfo& kernel : kTable) {
     if (!serves(kernel)) continue;

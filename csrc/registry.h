@@ -24,6 +24,7 @@ struct KernelInfo {
   SpmmKernel spmm;      // null unless op is "spmm" and device is "cpu"
   Conv2dKernel conv2d;  // null unless op is "conv2d" and device is "cpu"
   PanelKernel panel;    // null unless op is "panel" (serves spmm and conv2d) and device is "cpu"
+  SpmvKernel spmv;      // null unless op is "spmv" (serves spmm) and device is "cpu"
 };
 
 // In the order of kernels.inc.

@@ -78,6 +78,8 @@ def sparse_plan(facts: Facts, format: str, kernel: str = "") -> Plan:
     if wanted and named is None:
         names = ", ".join(known.name for known in kernels)
         raise KernelError(explain_mismatch("kernel", f"one of {names}", repr(wanted)))
+    if named is not None and named.op == "spmv":
+        facts = replace(facts, columns=1)  # who names it has few
     format = _format_for(facts, format, named)
     if format == "bsr" and facts.block == (1, 1):
         facts = replace(facts, block=(4, 1))

@@ -48,6 +48,12 @@ _SPARSE_BLOCK_COLS = 192
 _SPARSE_BELOW = 0.08
 _ANY_HEIGHT = 4  # slice height for a kernel that takes any
 
+# A spmv kernel reads the weight once for every 8 columns, so it is offered for no more. Its x is
+# small enough that one block may hold all columns of the weight, up to what 15-bit indices reach.
+_SPMV_COLUMNS = 8
+_SPMV_HEIGHT = 8  # for a kernel that takes any; the AVX2 kernel's, so that the two share a packing
+_SPMV_BLOCK_COLS = 2**15 - 1
+
 # A dot product shorter than this (a depthwise filter, a 3-channel first convolution) leaves a
 # sparse kernel too little to skip.
 _SHORTEST_ROW = 32
@@ -176,6 +182,9 @@ def block_for(facts: Facts, kernel: KernelInfo) -> tuple[int, int]:
         facts: the layer; its density sets the column blocks of SELL.
         kernel: its tile sets the slice height of SELL.
     """
+    if kernel.op == "spmv":
+        cols = min(max(math.prod(facts.shape[1:]), 1), _SPMV_BLOCK_COLS)
+        return (kernel.tile_rows if kernel.tile_rows > 1 else _SPMV_HEIGHT, cols)
     if kernel.format == "sell":
         cols = _SPARSE_BLOCK_COLS if facts.density < _SPARSE_BELOW else _BLOCK_COLS
         return (kernel.tile_rows if kernel.tile_rows > 1 else _ANY_HEIGHT, cols)
@@ -252,6 +261,8 @@ def _refusal(facts: Facts, kernel: KernelInfo) -> str:
         return "the zeros do not come in blocks"
     if kernel.format == "sell" and facts.groups != 1:
         return "slices of rows do not keep to groups"
+    if kernel.op == "spmv" and (facts.columns is None or facts.columns > _SPMV_COLUMNS):
+        return f"is for at most {_SPMV_COLUMNS} columns"
     if kernel.format not in FORMAT_CHOICES:
         return f"no layer is packed as {kernel.format} yet"
     if not kernel.usable:

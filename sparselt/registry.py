@@ -14,11 +14,13 @@ class KernelInfo:
 
     Attributes:
         name: the kernel's one name, for example "csr_spmm_avx2".
-        op: "spmm", "conv2d", or "panel" for a kernel that serves both.
+        op: "spmm", "conv2d", "panel" for a kernel that serves both, or "spmv" for one that serves
+            spmm where there are few columns.
         format: the weight format it reads, a key of `sparselt.formats.FORMATS`.
         device: "cpu" or "cuda".
         features: CPU features it needs.
-        tile_rows: output rows computed together; of a panel kernel, the slice height it reads.
+        tile_rows: output rows computed together; of a kernel for SELL, the slice height it reads
+            (1 for any).
         tile_columns: columns (pixels, batch items) computed together.
         dtype: the element type of values and activations, for example "float32".
         usable: whether it was built and can run here.
@@ -39,9 +41,9 @@ class KernelInfo:
     @property
     def operations(self) -> tuple[str, ...]:
         """The operations it serves: "spmm", "conv2d"."""
-        return ("spmm", "conv2d") if self.op == "panel" else (self.op,)
+        return {"panel": ("spmm", "conv2d"), "spmv": ("spmm",)}.get(self.op, (self.op,))
 
     def serves(self, op: str, format: str, block_rows: int) -> bool:
         """Whether it runs `op` on weights of `format` with blocks (slices) of `block_rows` rows."""
-        fits = self.op != "panel" or self.tile_rows in (1, block_rows)
+        fits = self.format != "sell" or self.tile_rows in (1, block_rows)
         return op in self.operations and self.format == format and fits

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from sparselt import ops
 from sparselt.facts import facts_of, forced_kernel
 from sparselt.nn import SPARSE_LAYERS, SparseLayer
-from sparselt.plan import DENSE, Candidate, Facts, Plan, candidates, choose
+from sparselt.plan import DENSE, Candidate, Facts, KernelInfo, Plan, candidates, choose
 
 __all__ = ["Tuner", "cache_bytes", "measure"]
 
@@ -156,16 +156,28 @@ class Tuner:
         if self.format == "bsr" and facts.block == (1, 1):
             facts = replace(facts, block=(4, 1))
         kernels, forced = ops.kernels(), forced_kernel()
-        pool = self._worth_timing(candidates(facts, kernels))
+        pool = self._worth_timing(candidates(facts, kernels), kernels)
         times = None
         if inputs and pool and facts.density < 1 and not forced and self.format != DENSE:
             times = self._time(module, mask, facts, pool, inputs)
         return choose(facts, kernels, times, format=self.format, forced=forced)
 
-    def _worth_timing(self, considered: Iterable[Candidate]) -> list[Candidate]:
-        """The candidates worth timing: of each format, the one that the registry prefers."""
+    def _worth_timing(
+        self, considered: Iterable[Candidate], kernels: Iterable[KernelInfo]
+    ) -> list[Candidate]:
+        """The candidates worth timing: of each format, the one that the registry prefers.
+
+        Of spmv kernels, all but the portable one: what a CPU's gather instruction is worth, on
+        which they differ, its instruction sets do not tell.
+        """
         pool = [c for c in considered if c.applies and c.kernel != DENSE]
-        first = {c.format: c for c in reversed(pool) if self.format in ("auto", c.format)}
+        pool = [c for c in reversed(pool) if self.format in ("auto", c.format)]
+        infos = {kernel.name: kernel for kernel in kernels}
+        first = {}
+        for item in pool:
+            info = infos[item.kernel]
+            differs = item.block if info.op == "spmv" else ()
+            first[item.format, info.op, differs] = item
         return list(first.values())
 
     def _time(
@@ -183,11 +195,13 @@ class Tuner:
         key = (replace(facts, nnz=0), rounded, str(geometry), shapes, torch.get_num_threads())
         if key not in self._times:
             total = dict.fromkeys([DENSE, *(c.kernel for c in pool)], 0.0)
-            layers = {c.format: _layer(module, mask, c) for c in pool}
+            layers = {(c.format, c.block): _layer(module, mask, c) for c in pool}
             for x in inputs:
                 calls: dict[str, Callable[[], object]] = {DENSE: _dense_call(module, x)}
                 for item in pool:
-                    calls[item.kernel] = _sparse_call(layers[item.format], item.kernel, x)
+                    calls[item.kernel] = _sparse_call(
+                        layers[item.format, item.block], item.kernel, x
+                    )
                 prepare = self._cool(x) if self.cold and x.is_cpu else None
                 finish = torch.cuda.synchronize if x.is_cuda else None
                 for name, us in measure(calls, prepare=prepare, finish=finish).items():

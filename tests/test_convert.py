@@ -16,6 +16,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 from torch.utils import _pytree as pytree
 
 import sparselt
+from sparselt import ops
 from sparselt.conversion import PLAN_ATTRIBUTE, densify
 from sparselt.errors import KernelError, OptionError
 from sparselt.nn import SparseConv2d, SparseLayer, SparseLinear
@@ -342,6 +343,23 @@ def test_layers_of_a_large_network_are_timed_with_cold_weights():
     assert tuner.cold
     plan = tuner.plan(prune_randomly(nn.Linear(64, 64)), inputs=[torch.randn(4, 64)])
     assert plan.dense_us > 0
+
+
+def test_every_fast_spmv_kernel_is_timed_for_a_small_batch():
+    plan = Tuner().plan(prune_randomly(nn.Linear(64, 48)), inputs=[torch.randn(8, 64)])
+    timed = {c.kernel for c in plan.candidates if c.us is not None}
+    usable = [k for k in ops.kernels() if k.op == "spmv" and k.usable]
+    assert {k.name for k in usable if k.features or len(usable) == 1} <= timed
+
+
+def test_a_layer_planned_for_one_row_serves_any_batch(monkeypatch):
+    monkeypatch.setenv("SPARSELT_KERNEL", "sell_spmv_scalar")
+    dense = prune_randomly(nn.Linear(70, 30))
+    layer = sparselt.convert(dense, torch.randn(1, 70))
+    assert layer.kernel == "sell_spmv_scalar"
+    for shape in ((70,), (0, 70), (1, 70), (2, 5, 70), (33, 70)):
+        x = torch.randn(shape)
+        torch.testing.assert_close(layer(x), dense(x))
 
 
 def test_layers_of_one_kind_are_timed_once():

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from sparselt.errors import KernelError, OptionError
-from sparselt.plan import DENSE, Facts, KernelInfo, Plan, candidates, choose
+from sparselt.plan import DENSE, Facts, KernelInfo, Plan, block_for, candidates, choose
 
 
 def kernel(name: str, **changes: object) -> KernelInfo:
@@ -43,6 +43,25 @@ def test_candidates_keep_the_order_of_the_registry_and_leave_out_other_operation
         "csr_conv2d_fast",
         DENSE,
     ]
+
+
+@pytest.mark.parametrize(("columns", "applies"), [(1, True), (8, True), (9, False), (None, False)])
+def test_a_spmv_kernel_is_offered_for_few_columns(columns, applies):
+    facts = replace(THIN, columns=columns)
+    (found, _) = candidates(facts, [kernel("sell_spmv_fast", tile_rows=16)])
+    assert found.applies == applies
+    assert applies or found.verdict == "is for at most 8 columns"
+    assert not any(
+        c.kernel == "sell_spmv_fast"
+        for c in candidates(replace(facts, op="conv2d"), [kernel("sell_spmv_fast")])
+    )
+
+
+def test_a_spmv_kernel_wants_its_own_slices_and_one_block_of_columns():
+    fast, portable = kernel("sell_spmv_fast", tile_rows=16), kernel("sell_spmv_scalar")
+    assert [block_for(THIN, k) for k in (fast, portable)] == [(16, 256), (8, 256)]
+    assert block_for(replace(THIN, shape=(4, 40000)), fast) == (16, 32767)
+    assert block_for(replace(THIN, shape=(4, 0)), fast) == (16, 1)
 
 
 def test_an_unknown_operation_is_refused():

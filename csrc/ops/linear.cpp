@@ -2,12 +2,13 @@
 //
 // y (..., M) = clamp(x (..., K) W^T + bias + residual): torch's layout, where features lie next to
 // each other. Kernels want the batch to lie next to each other instead, so x is transposed before
-// and y after; a batch of one needs neither.
+// and y after; a batch of one needs neither, and spmv kernels take any layout.
 #include <torch/headeronly/util/Exception.h>
 
 #include "ops/check.h"
 #include "ops/partition.h"
 #include "ops/spmm.h"
+#include "ops/spmv.h"
 
 namespace sparselt {
 namespace {
@@ -54,6 +55,10 @@ Tensor linear(Tensor x, Parts parts, Ints meta, OptionalTensor bias, OptionalTen
   const HeldEpilogue held = as_epilogue(bias, residual, lower, upper, rows, shape);
   const Epilogue& e = held.pointers;
   Tensor out = new_output(shape);
+  if (weight.kernel->spmv) {
+    run_spmv(weight, const_float_data(input), {1, cols}, float_data(out), {1, rows}, batch, e);
+    return out;
+  }
   if (batch <= 1) {
     if (batch == 1) run_spmm(weight, const_float_data(input), float_data(out), 1, e);
     return out;

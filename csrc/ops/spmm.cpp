@@ -7,6 +7,7 @@
 
 #include "ops/panels.h"
 #include "ops/partition.h"
+#include "ops/spmv.h"
 
 namespace sparselt {
 
@@ -16,6 +17,10 @@ void run_spmm(const Weight& weight, const float* x, float* y, int64_t columns,
     const PanelSource source{x,       1, 0, columns, columns, 1,
                              columns, 1, 1, columns, false,   {{0, 0, 0}}};
     return run_panels(weight, source, y, epilogue);
+  }
+  if (weight.kernel->spmv) {
+    const Layout layout{columns, 1};
+    return run_spmv(weight, x, layout, y, layout, columns, epilogue);
   }
   const SpmmCall call{weight.view, x, columns, y, columns, columns, epilogue};
   const Range rows{0, stored_rows(weight.view)};

@@ -1,0 +1,130 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// What the spmv kernels of x86 share: the walk over slices, and the product with 2 to 8 columns.
+//
+// There, a register holds a row's sums, a lane a column, so that a stored value costs one broadcast
+// and one multiply-add with x as memory operand for all columns at once: 2 loads, and a quarter of
+// one for its column, whatever the number of columns. Include inside the target region, after
+// <immintrin.h>, cpu/target.h and kernels.h.
+#pragma once
+
+namespace sparselt::cpu {
+namespace {
+
+// The weight is read once, start to end, in two streams. The hardware's own prefetching does not
+// keep up: without this, weights that come from memory took 1.3 to 2 times as long.
+constexpr int64_t kPrefetchValues = 512;  // stored values ahead
+
+inline void prefetch(const float* values, const uint16_t* columns) {
+  _mm_prefetch(reinterpret_cast<const char*>(values + kPrefetchValues), _MM_HINT_T0);
+  _mm_prefetch(reinterpret_cast<const char*>(columns + kPrefetchValues), _MM_HINT_T0);
+}
+
+// Four columns (16 bits each) in one register: a load for all four instead of one for each.
+inline uint64_t load_four_columns(const uint16_t* columns) {
+  return static_cast<uint64_t>(_mm_cvtsi128_si64(_mm_loadu_si64(columns)));
+}
+
+// Registers of 8 and of 4 lanes under one name each, for the templates below.
+inline __m256 load_lanes(const float* x, __m256) { return _mm256_load_ps(x); }
+inline __m128 load_lanes(const float* x, __m128) { return _mm_load_ps(x); }
+inline __m256 broadcast(float value, __m256) { return _mm256_set1_ps(value); }
+inline __m128 broadcast(float value, __m128) { return _mm_set1_ps(value); }
+inline __m256 multiply_add(__m256 a, __m256 b, __m256 c) { return _mm256_fmadd_ps(a, b, c); }
+inline __m128 multiply_add(__m128 a, __m128 b, __m128 c) { return _mm_fmadd_ps(a, b, c); }
+inline __m256 add(__m256 a, __m256 b) { return _mm256_add_ps(a, b); }
+inline __m128 add(__m128 a, __m128 b) { return _mm_add_ps(a, b); }
+// The second operand of max and min is the one that survives a NaN.
+inline __m256 clamp(__m256 sum, __m256 lower, __m256 upper) {
+  return _mm256_min_ps(upper, _mm256_max_ps(lower, sum));
+}
+inline __m128 clamp(__m128 sum, __m128 lower, __m128 upper) {
+  return _mm_min_ps(upper, _mm_max_ps(lower, sum));
+}
+inline void store_lanes(float* y, __m256 value) { _mm256_store_ps(y, value); }
+inline void store_lanes(float* y, __m128 value) { _mm_store_ps(y, value); }
+
+// A block of a section: whether its sums begin or end there, and its part of x.
+struct BlockPlace {
+  bool is_first;
+  bool is_last;
+  const float* x;
+};
+
+// A row of y or of the residual, zeros beyond its columns.
+template <class V>
+V load_row(const SpmvCall& call, const float* from) {
+  alignas(32) float row[kMaxSpmvColumns] = {};
+  for (int64_t n = 0; n < call.columns; ++n) row[n] = from[n * call.y_column_stride];
+  return load_lanes(row, V{});
+}
+
+template <class V>
+void store_row(const SpmvCall& call, const BlockPlace& block, int64_t m, V sum) {
+  const Epilogue& e = call.epilogue;
+  float* y = call.y + m * call.y_row_stride;
+  if (!block.is_first) sum = add(sum, load_row<V>(call, y));
+  if (block.is_first && e.bias) sum = add(sum, broadcast(e.bias[m], V{}));
+  if (block.is_last && e.residual) {
+    sum = add(sum, load_row<V>(call, e.residual + m * call.y_row_stride));
+  }
+  if (block.is_last) sum = clamp(sum, broadcast(e.lower, V{}), broadcast(e.upper, V{}));
+  alignas(32) float row[kMaxSpmvColumns] = {};
+  store_lanes(row, sum);
+  for (int64_t n = 0; n < call.columns; ++n) y[n * call.y_column_stride] = row[n];
+}
+
+template <int kSliceRows, class V>
+void multiply_columns(const SpmvCall& call, const BlockPlace& block, int64_t slice) {
+  constexpr int64_t kLanes = sizeof(V) / sizeof(float);
+  const SellView& w = call.weight;
+  V sum[kSliceRows];
+  SPARSELT_UNROLL
+  for (int r = 0; r < kSliceRows; ++r) sum[r] = broadcast(0.0f, V{});
+  for (int64_t step = w.slice_steps[slice]; step < w.slice_steps[slice + 1]; ++step) {
+    const uint16_t* columns = w.columns + step * kSliceRows;
+    const float* values = w.values + step * kSliceRows;
+    prefetch(values, columns);
+    SPARSELT_UNROLL
+    for (int r = 0; r < kSliceRows; r += 4) {
+      const uint64_t four = load_four_columns(columns + r);
+      SPARSELT_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        const V x_row = load_lanes(block.x + (four >> (16 * i) & 0xffff) * kLanes, V{});
+        sum[r + i] = multiply_add(broadcast(values[r + i], V{}), x_row, sum[r + i]);
+      }
+    }
+  }
+  alignas(32) float sums[kSliceRows * kLanes];
+  SPARSELT_UNROLL
+  for (int r = 0; r < kSliceRows; ++r) store_lanes(sums + r * kLanes, sum[r]);
+  const int32_t* rows = w.slice_rows + slice * kSliceRows;
+  for (int r = 0; r < kSliceRows && rows[r] >= 0; ++r) {
+    store_row(call, block, rows[r], load_lanes(sums + r * kLanes, V{}));
+  }
+}
+
+using SliceFunction = void (*)(const SpmvCall& call, const BlockPlace& block, int64_t slice);
+
+// `kOneColumn` multiplies a slice with a single column.
+template <int kSliceRows, SliceFunction kOneColumn>
+void multiply_sections(const SpmvCall& call, Range sections) {
+  const SellView& w = call.weight;
+  for (int64_t i = sections.begin * w.num_blocks; i < sections.end * w.num_blocks; ++i) {
+    const int64_t b = i % w.num_blocks;
+    const BlockPlace block{b == 0, b + 1 == w.num_blocks,
+                           call.x + b * (w.block_cols + 1) * call.lanes};
+    for (int64_t slice = w.block_slices[i]; slice < w.block_slices[i + 1]; ++slice) {
+      if (call.lanes == 1) {
+        kOneColumn(call, block, slice);
+      } else if (call.lanes == 4) {
+        multiply_columns<kSliceRows, __m128>(call, block, slice);
+      } else {
+        multiply_columns<kSliceRows, __m256>(call, block, slice);
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace sparselt::cpu

@@ -1,0 +1,19 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include "ops/check.h"
+
+namespace sparselt {
+
+// Element (i, j) of a matrix lies at i * row_stride + j * column_stride.
+struct Layout {
+  int64_t row_stride;
+  int64_t column_stride;
+};
+
+// y (M, N) = clamp(W x (K, N) + bias + residual) by a spmv kernel, up to 8 columns at a time, on
+// torch's threads. The residual is laid out as y; of one column the row strides are 1.
+void run_spmv(const Weight& weight, const float* x, Layout x_layout, float* y, Layout y_layout,
+              int64_t columns, const Epilogue& epilogue);
+
+}  // namespace sparselt
