@@ -10,9 +10,11 @@ failing.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import hashlib
 import os
 from collections.abc import Mapping
+from datetime import timedelta
 
 import torch
 from torch import Tensor, distributed, nn
@@ -95,8 +97,14 @@ def check_same(tensors: Mapping[str, Tensor], what: str) -> None:
 
 
 def _leave() -> None:
-    if distributed.is_initialized():
-        distributed.destroy_process_group()
+    if not distributed.is_initialized():
+        return
+    if distributed.get_backend() == "gloo":
+        # A process that leaves while another still reads from it aborts that one; but one that
+        # has failed must not be waited for long.
+        with contextlib.suppress(RuntimeError):
+            distributed.monitored_barrier(timeout=timedelta(seconds=5))
+    distributed.destroy_process_group()
 
 
 def _active() -> bool:
