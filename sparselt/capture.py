@@ -142,7 +142,7 @@ def _read(
             known = exported.state_dict.get(name, exported.constants.get(name))
             if not isinstance(known, Tensor):
                 raise CaptureError(f"{name} is no tensor")
-            constants.append(known.detach())
+            constants.append(known)
             names.append(name)
         elif spec.kind is InputKind.USER_INPUT:
             value = node.meta.get("val")

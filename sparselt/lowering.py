@@ -12,7 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -26,6 +26,7 @@ from sparselt.fuse import Fusion, argument, fold_batch_norm, follow, is_mutating
 from sparselt.layers import Constants, GraphLayer, read_layer, set_weights
 from sparselt.nn import SPARSE_LAYERS, SparseConv2d, SparseLayer, SparseLinear
 from sparselt.plan import DENSE, Plan
+from sparselt.pooling import max_pool_step
 from sparselt.tune import Tuner
 
 __all__ = ["Lowered", "lower"]
@@ -58,6 +59,8 @@ class Lowered:
         weights: for each row, the index of the placeholder of its weight; None where it is unknown.
         sources: indices of the placeholders whose values are baked into packed weights.
         others: how often each other operation is called; these run in torch.
+        calls: for each node of the graph that is a layer, the index of its row, by node name.
+        plans: what each layer was planned as, by the name of its node in the given graph.
     """
 
     module: fx.GraphModule
@@ -66,6 +69,8 @@ class Lowered:
     weights: list[int | None] = field(default_factory=list)
     sources: list[int] = field(default_factory=list)
     others: dict[str, int] = field(default_factory=dict)
+    calls: dict[str, int] = field(default_factory=dict)
+    plans: dict[str, Plan] = field(default_factory=dict)
 
 
 def lower(
@@ -75,6 +80,7 @@ def lower(
     tuner: Tuner,
     names: Mapping[int, str] | None = None,
     packed: dict[tuple[Any, ...], Any] | None = None,
+    plans: Mapping[str, Plan] | None = None,
 ) -> Lowered:
     """Lowers a copy of a graph.
 
@@ -86,6 +92,7 @@ def lower(
         names: names of the known placeholders, for the rows.
         packed: layers made before from the same weights, and a place to leave new ones, so
             that several lowerings of one graph share their memory.
+        plans: of layers planned before, by node name; the others are planned anew.
     """
     graph = fx.Graph()
     graph.output(graph.graph_copy(module.graph, {}))
@@ -101,13 +108,15 @@ def lower(
     )
     _erase_dropout(graph)
     _propagate(result, inputs)
-    lowering = _Lowering(graph, constant, tuner, {} if packed is None else packed)
+    lowering = _Lowering(graph, constant, tuner, {} if packed is None else packed, plans or {})
     for index, name in (names or {}).items():
         lowering.names[placeholders[index]] = name
     for node in list(graph.nodes):
         layer = read_layer(node, constant)
         if layer is not None:
             lowering.take(layer)
+        else:
+            lowering.pool(node)
     _erase_unread_constants(graph, constant)
     for node in graph.nodes:
         node.target = _DIRECT.get(node.target, node.target)
@@ -121,7 +130,10 @@ def lower(
         if node.op.startswith("call_") and node not in lowering.done
     )
     weights = [None if node is None else placeholders.index(node) for node in lowering.weights]
-    return Lowered(result, unused, lowering.rows, weights, sources, dict(others))
+    calls = {node.name: row for node, row in lowering.calls.items()}
+    return Lowered(
+        result, unused, lowering.rows, weights, sources, dict(others), calls, lowering.plans
+    )
 
 
 def _propagate(module: fx.GraphModule, inputs: Sequence[Any]) -> None:
@@ -167,11 +179,15 @@ class _Lowering:
         constant: Constants,
         tuner: Tuner,
         packed: dict[tuple[Any, ...], Any],
+        known: Mapping[str, Plan],
     ) -> None:
         self.graph = graph
         self.constant = constant
         self.tuner = tuner
         self.packed = packed
+        self.known = known
+        self.plans: dict[str, Plan] = {}
+        self.calls: dict[fx.Node, int] = {}
         self.names: dict[fx.Node, str] = {}
         self.rows: list[Row] = []
         self.weights: list[fx.Node | None] = []
@@ -186,7 +202,10 @@ class _Lowering:
             inputs = [_look_alike(value)]
             if value.dtype != torch.float32 and value.device.type == "cpu":
                 obstacle = f"its input is {value.dtype}, and kernels compute float32"
-        plan = self.tuner.plan(layer.module, inputs=inputs, obstacle=obstacle)
+        plan = self.known.get(layer.node.name)
+        if plan is None:
+            plan = self.tuner.plan(layer.module, inputs=inputs, obstacle=obstacle)
+        self.plans[layer.node.name] = plan
         fusion = self.fusion_of(layer)
         fused = fusion.describe()
         if fused:
@@ -202,6 +221,7 @@ class _Lowering:
                 self.replace(layer, fusion, self.dense(layer, fusion))
             else:
                 self.done.add(layer.node)
+                self.calls[layer.node] = len(self.rows)
         assert row is not None
         self.rows.append(row)
         self.weights.append(layer.sources[0] if layer.sources else None)
@@ -252,6 +272,20 @@ class _Lowering:
             self.graph.erase_node(node)
         self.sources.update(layer.sources, fusion.sources)
         self.done.add(call)
+        self.calls[call] = len(self.rows)
+
+    def pool(self, node: fx.Node) -> None:
+        """Rewrites a max pooling where shifted maxima are faster than torch's."""
+        step = max_pool_step(node)
+        if step is None:
+            return
+        source, target, rest = argument(node, 0, "input"), node.target, node.args[1:]
+        kwargs = {name: value for name, value in node.kwargs.items() if name != "input"}
+        x = _look_alike(source.meta["val"])
+        original = cast("Callable[..., object]", _DIRECT.get(target, target))
+        calls = {"shifted": lambda: step(x), "torch": lambda: original(x, *rest, **kwargs)}
+        if self.tuner.fastest(calls, ("pool", rest, str(kwargs), x.shape, x.stride())) == "shifted":
+            node.target, node.args, node.kwargs = step, (source,), {}
 
 
 def _folded(layer: GraphLayer, fusion: Fusion) -> nn.Module:

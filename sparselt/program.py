@@ -9,7 +9,7 @@ again for it (for a power of two of sizes at a time), or captured again, and the
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -21,7 +21,8 @@ from sparselt.capture import Captured, CaptureError, capture
 from sparselt.conversion import as_call, convert, densify, prepare
 from sparselt.errors import OptionError
 from sparselt.explanation import Explanation, explain
-from sparselt.lowering import Lowered, lower
+from sparselt.family import Family, Planned, Run
+from sparselt.shelf import Shelf
 from sparselt.tune import Tuner
 
 __all__ = ["Program", "compile"]
@@ -29,60 +30,6 @@ __all__ = ["Program", "compile"]
 # Graphs kept for different shapes; the oldest goes when one more is captured.
 _MAX_CAPTURES = 16
 _MAX_ROUTES = 4096
-
-_Run = Callable[[Sequence[Any]], Any]
-
-
-class _Family:
-    """A captured graph, and its lowerings for different sizes."""
-
-    def __init__(self, captured: Captured, tuner: Tuner) -> None:
-        self.captured = captured
-        self.tuner = tuner
-        self.packed: dict[tuple[Any, ...], Any] = {}
-        self.lowered: dict[tuple[Any, ...], tuple[Lowered, _Run]] = {}
-
-    def run_for(self, leaves: Sequence[Any]) -> _Run:
-        """What runs inputs of these shapes."""
-        key = self.bucket(leaves)
-        if key not in self.lowered:
-            constants = self.captured.constants
-            lowered = lower(
-                self.captured.module,
-                dict(enumerate(constants)),
-                [*constants, *leaves],
-                self.tuner,
-                dict(enumerate(self.captured.names)),
-                self.packed,
-            )
-            self.lowered[key] = lowered, _runner(lowered, self.captured)
-        return self.lowered[key][1]
-
-    def bucket(self, leaves: Sequence[Any]) -> tuple[Any, ...]:
-        """Shapes that are planned alike: free sizes count by their power of two."""
-        key: list[Any] = []
-        for leaf, shape in zip(leaves, self.captured.shapes, strict=True):
-            if shape is not None:
-                free = (got for want, got in zip(shape, leaf.shape, strict=True) if want is None)
-                key.append(tuple((size - 1).bit_length() for size in free))
-        return tuple(key)
-
-
-def _runner(lowered: Lowered, captured: Captured) -> _Run:
-    """The flat call: constants that are still read first, then the inputs."""
-    graph = lowered.module.graph
-    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
-    count = len(captured.constants)
-    unused = {index for index in lowered.unused if index < count}
-    for index in unused:
-        graph.erase_node(placeholders[index])
-    lowered.module.recompile()
-    kept = [value for i, value in enumerate(captured.constants) if i not in unused]
-    forward = lowered.module.forward
-    spec = captured.output_spec
-    if spec == pytree.tree_structure(torch.empty(0)):
-        return lambda leaves: forward(*kept, *leaves)[0]
-    return lambda leaves: pytree.tree_unflatten(forward(*kept, *leaves), spec)
 
 
 class Program:
@@ -104,8 +51,9 @@ class Program:
         self._args, self._kwargs = as_call(example_inputs)
         parameters = self._prepared.parameters()
         self._tuner = Tuner(weight_bytes=sum(p.numel() * p.element_size() for p in parameters))
-        self._families: list[_Family] = []
-        self._routes: dict[tuple[Any, ...], _Run] = {}
+        self._shelf = Shelf()
+        self._families: list[Family] = []
+        self._routes: dict[tuple[Any, ...], Run] = {}
         self._converted: nn.Module | None = None
         self._lock = threading.RLock()
         self.notes = []
@@ -152,13 +100,14 @@ class Program:
         if not self._families:
             assert self._converted is not None
             return Explanation(explain(self._converted).rows, self.notes)
-        lowered = next(iter(self._families[0].lowered.values()))[0]
-        return Explanation(lowered.rows, [*self.notes, *_rest(lowered)])
+        planned = next(iter(self._families[0].planned.values()))
+        notes = [*self.notes, planned.note, _rest(planned)]
+        return Explanation(planned.lowered.rows, [note for note in notes if note])
 
     def __repr__(self) -> str:
         return f"Program of {type(self._prepared).__name__}: {self.explanation().summary()}"
 
-    def _add_route(self, key: tuple[Any, ...], leaves: list[Any], spec: pytree.TreeSpec) -> _Run:
+    def _add_route(self, key: tuple[Any, ...], leaves: list[Any], spec: pytree.TreeSpec) -> Run:
         """Plans for a new signature; safe to call from several threads."""
         with self._lock:
             known = self._routes.get(key)
@@ -167,20 +116,32 @@ class Program:
             # Tensors made under inference mode cannot be traced; copies made outside of it can.
             with torch.inference_mode(False), torch.no_grad():
                 own = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-                run = self._run_for(own, spec)
+                with self._shelf.out():
+                    run = self._run_for(own, spec)
+                    self._shelf.keep(tensor for f in self._families for tensor in f.read())
+                self._shelve()
             if len(self._routes) >= _MAX_ROUTES:
                 self._routes.clear()
             self._routes[key] = run
             return run
 
-    def _run_for(self, leaves: list[Any], spec: pytree.TreeSpec) -> _Run:
+    def _shelve(self) -> None:
+        """Puts away the dense weights that only packed copies of are read."""
+        read = {id(tensor) for family in self._families for tensor in family.read()}
+        for family in self._families:
+            for tensor in family.packed_weights():
+                if id(tensor) not in read and tensor.numel():
+                    self._shelf.put(tensor)
+        self._shelf.trim()
+
+    def _run_for(self, leaves: list[Any], spec: pytree.TreeSpec) -> Run:
         for family in self._families:
             if family.captured.accepts(leaves, spec):
                 return family.run_for(leaves)
         if self._converted is not None and not self._families:
             return self._fall_back("", spec)
         try:
-            family = _Family(self._capture(leaves, spec), self._tuner)
+            family = Family(self._capture(leaves, spec), self._tuner, self._shelf)
             run = family.run_for(leaves)
             if not self._families:
                 self._check(run(leaves))
@@ -190,7 +151,7 @@ class Program:
         if len(self._families) > _MAX_CAPTURES:
             # The first one stays: it is what `explain` shows.
             dropped = self._families.pop(1)
-            runs = {run for _, run in dropped.lowered.values()}
+            runs = {planned.run for planned in dropped.planned.values()}
             self._routes = {key: run for key, run in self._routes.items() if run not in runs}
         return run
 
@@ -228,7 +189,7 @@ class Program:
                 if not torch.allclose(a, b, 1e-3, 1e-3 * scale, equal_nan=True):
                     raise CaptureError("the captured graph's result differs from the model's")
 
-    def _fall_back(self, reason: str, spec: pytree.TreeSpec) -> _Run:
+    def _fall_back(self, reason: str, spec: pytree.TreeSpec) -> Run:
         """The model with its layers swapped, for what cannot be captured."""
         if self._converted is None:
             example: Any = self._kwargs if self._kwargs and not self._args else self._args
@@ -298,8 +259,7 @@ def _varying(leaves: Sequence[Any], captured: Sequence[Captured]) -> list[set[in
     return varying
 
 
-def _rest(lowered: Lowered) -> list[str]:
-    if not lowered.others:
-        return []
-    counts = ", ".join(f"{name} ({count})" for name, count in sorted(lowered.others.items()))
-    return [f"the rest runs in torch: {counts}"]
+def _rest(planned: Planned) -> str:
+    others = sorted(planned.lowered.others.items())
+    counts = ", ".join(f"{name} ({count})" for name, count in others)
+    return f"the rest runs in torch: {counts}" if others else ""

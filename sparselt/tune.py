@@ -9,6 +9,7 @@ buffer larger than that cache is read, and then the input, which the layer befor
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 import statistics
@@ -34,6 +35,8 @@ _MAX_ROUNDS = 40
 _DOUBTFUL_ROUNDS = 5
 _PATIENCE = 4
 _STEADY = 1.3
+# A candidate that is not faster by this share does not replace what there is.
+_MARGIN = 0.05
 # From this length of a call on, its spread is small against it and fewer rounds do.
 _LONG_CALL_US = 3000.0
 
@@ -161,6 +164,35 @@ class Tuner:
         if inputs and pool and facts.density < 1 and not forced and self.format != DENSE:
             times = self._time(module, mask, facts, pool, inputs)
         return choose(facts, kernels, times, format=self.format, forced=forced)
+
+    @property
+    def is_forced(self) -> bool:
+        """Whether SPARSELT_KERNEL or the format leaves nothing to choose."""
+        return bool(forced_kernel()) or self.format != "auto"
+
+    def dense(self) -> Tuner:
+        """A tuner that plans every layer dense, with the times that this one has measured."""
+        other = copy.copy(self)
+        other.format = DENSE
+        return other
+
+    def measured(self, key: object) -> dict[str, float]:
+        """The microseconds that `fastest` has measured for a key, by name."""
+        return self._times[("fastest", str(key))]
+
+    def fastest(self, calls: Mapping[str, Callable[[], object]], key: object) -> str:
+        """The name of the fastest of several calls; the first unless another clearly is.
+
+        Args:
+            calls: what to time, by name.
+            key: what the calls depend on; those of a key met before are not timed again.
+        """
+        known = ("fastest", str(key))
+        if known not in self._times:
+            self._times[known] = measure(calls)
+        times = self._times[known]
+        first, best = next(iter(calls)), min(times, key=times.__getitem__)
+        return best if times[best] <= times[first] * (1 - _MARGIN) else first
 
     def _worth_timing(
         self, considered: Iterable[Candidate], kernels: Iterable[KernelInfo]

@@ -47,7 +47,7 @@ ALLOWED = REQUIRED | {
 BASE = {"errors"}
 DATA = BASE | {"formats", "tickets", "plan"}
 LAYER = DATA | {"packed", "ops", "facts", "nn"}
-GRAPH = {"fuse", "layers", "lowering", "capture", "dynamo"}
+GRAPH = {"fuse", "layers", "pooling", "lowering", "capture", "dynamo", "shelf", "family"}
 WHOLE_MODEL = LAYER | GRAPH | {"tune", "conversion", "explanation", "program"}
 EVERYTHING = WHOLE_MODEL | {"lottery", "measure", "reference", "sparselt"}
 # What each unit (a module or a package right under sparselt) may import, itself aside. A unit that
@@ -70,8 +70,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "explanation": LAYER | {"conversion"},
     "fuse": set(),
     "layers": {"fuse"},
-    "lowering": LAYER | {"tune", "conversion", "explanation", "fuse", "layers"},
+    "pooling": BASE | {"fuse"},
+    "lowering": LAYER | {"tune", "conversion", "explanation", "fuse", "layers", "pooling"},
     "capture": BASE,
+    "shelf": {"tickets"},
+    "family": {"plan", "tune", "explanation", "lowering", "capture", "shelf"},
     "dynamo": BASE | {"tune", "explanation", "lowering"},
     "program": WHOLE_MODEL - {"program"},
     "measure": WHOLE_MODEL | {"reference", "sparselt"},

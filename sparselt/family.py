@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A captured graph, and how it runs at each size: layer by layer as planned, or dense as a whole.
+
+Layers are timed one at a time, which misses what they do to one another. So the network as planned
+is timed against the same network all dense once more, and dense wins where it is faster.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from sparselt.capture import Captured
+from sparselt.explanation import Row
+from sparselt.lowering import Lowered, lower
+from sparselt.plan import DENSE, Plan
+from sparselt.shelf import Shelf
+from sparselt.tune import Tuner
+
+__all__ = ["Bucket", "Family", "Planned", "Run"]
+
+Run = Callable[[Sequence[Any]], Any]
+Bucket = tuple[tuple[int, ...], ...]
+
+# A network this many times as slow all dense needs no second look.
+_CLEAR = 1.5
+
+
+@dataclass
+class Planned:
+    """A graph planned for inputs of about one size.
+
+    Attributes:
+        lowered: what runs.
+        constants: the values of the placeholders before the inputs.
+        run: the flat call.
+        note: what was measured of the whole; empty where nothing was.
+        plans: of the layers, by node name, as to be saved.
+    """
+
+    lowered: Lowered
+    constants: list[Tensor]
+    run: Run
+    note: str = ""
+    plans: dict[str, Plan] = field(default_factory=dict)
+
+
+class Family:
+    """A captured graph, and its plans for different sizes.
+
+    Args:
+        captured: the graph.
+        tuner: plans and times.
+        shelf: where weights go that no plan reads.
+        known: plans made before, by bucket and node name.
+    """
+
+    def __init__(
+        self,
+        captured: Captured,
+        tuner: Tuner,
+        shelf: Shelf,
+        known: Mapping[Bucket, Mapping[str, Plan]] | None = None,
+    ) -> None:
+        self.captured = captured
+        self.tuner = tuner
+        self.shelf = shelf
+        self.known = known or {}
+        self.packed: dict[tuple[Any, ...], Any] = {}
+        self.planned: dict[Bucket, Planned] = {}
+
+    def run_for(self, leaves: Sequence[Any]) -> Run:
+        """What runs inputs of these shapes; the weights must be out of the shelf."""
+        key = self.bucket(leaves)
+        if key not in self.planned:
+            self.planned[key] = self._plan(key, leaves)
+        return self.planned[key].run
+
+    def bucket(self, leaves: Sequence[Any]) -> Bucket:
+        """Shapes that are planned alike: free sizes count by their power of two."""
+        key: list[tuple[int, ...]] = []
+        for leaf, shape in zip(leaves, self.captured.shapes, strict=True):
+            if shape is not None:
+                free = (got for want, got in zip(shape, leaf.shape, strict=True) if want is None)
+                key.append(tuple((size - 1).bit_length() for size in free))
+        return tuple(key)
+
+    def read(self) -> Iterator[Tensor]:
+        """The weights that some plan reads as they are."""
+        for planned in self.planned.values():
+            yield from planned.constants
+            for row, index in zip(planned.lowered.rows, planned.lowered.weights, strict=True):
+                if index is not None and row.kernel == DENSE:
+                    yield self.captured.constants[index]
+
+    def packed_weights(self) -> Iterator[Tensor]:
+        """The weights of which some plan reads packed copies."""
+        for planned in self.planned.values():
+            for row, index in zip(planned.lowered.rows, planned.lowered.weights, strict=True):
+                if index is not None and row.kernel != DENSE:
+                    yield self.captured.constants[index]
+
+    def _plan(self, key: Bucket, leaves: Sequence[Any]) -> Planned:
+        known = self.known.get(key)
+        lowered = self._lower(leaves, self.tuner, self.packed, known)
+        planned = self._planned(lowered)
+        sparse = [row for row in lowered.rows if row.kernel != DENSE]
+        if known is not None or not sparse or self.tuner.is_forced:
+            return planned
+        # Not kept unless it wins: its weights are dense.
+        packed: dict[tuple[Any, ...], Any] = {}
+        dense = self._lower(leaves, self.tuner.dense(), packed, None)
+        other = self._planned(dense)
+        calls = {"planned": lambda: planned.run(leaves), "all dense": lambda: other.run(leaves)}
+        if _is_clearly_first(calls):
+            return planned
+        best = self.tuner.fastest(calls, ("whole", id(self), key))
+        us = self.tuner.measured(("whole", id(self), key))
+        told = ", ".join(f"{name} {value:.0f} us" for name, value in us.items())
+        if best == "planned":
+            return replace(planned, note=f"the whole network was measured too: {told}")
+        reason = "stays dense: the whole network measured no faster with sparse layers"
+        dense.rows = [_as_dense(row, reason) for row in lowered.rows]
+        self.packed.update(packed)
+        return replace(other, note=f"the whole network runs dense: {told}")
+
+    def _lower(
+        self,
+        leaves: Sequence[Any],
+        tuner: Tuner,
+        packed: dict[tuple[Any, ...], Any],
+        known: Mapping[str, Plan] | None,
+    ) -> Lowered:
+        constants = self.captured.constants
+        return lower(
+            self.captured.module,
+            dict(enumerate(constants)),
+            [*constants, *leaves],
+            tuner,
+            dict(enumerate(self.captured.names)),
+            packed,
+            known,
+        )
+
+    def _planned(self, lowered: Lowered) -> Planned:
+        """The flat call: constants that are still read first, then the inputs."""
+        graph = lowered.module.graph
+        placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+        count = len(self.captured.constants)
+        unused = {index for index in lowered.unused if index < count}
+        for index in unused:
+            graph.erase_node(placeholders[index])
+        lowered.module.recompile()
+        kept = [value for i, value in enumerate(self.captured.constants) if i not in unused]
+        forward = lowered.module.forward
+        spec = self.captured.output_spec
+        run: Run = lambda leaves: pytree.tree_unflatten(forward(*kept, *leaves), spec)  # noqa: E731
+        if spec == pytree.tree_structure(torch.empty(0)):
+            run = lambda leaves: forward(*kept, *leaves)[0]  # noqa: E731
+        return Planned(lowered, kept, run, plans=lowered.plans)
+
+
+def _is_clearly_first(calls: Mapping[str, Callable[[], object]]) -> bool:
+    """Whether one call of each, after one to warm up, leaves no doubt that the first is faster."""
+    spent = []
+    with torch.inference_mode():
+        for call in calls.values():
+            call()
+            begin = time.perf_counter()
+            call()
+            spent.append(time.perf_counter() - begin)
+    return spent[0] * _CLEAR < min(spent[1:])
+
+
+def _as_dense(row: Row, reason: str) -> Row:
+    if row.kernel == DENSE:
+        return row
+    plan = None if row.plan is None else replace(row.plan, kernel=DENSE, format=DENSE)
+    return replace(row, kernel=DENSE, format=DENSE, reason=reason, plan=plan)

@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where a program keeps the dense weights that its sparse layers have made superfluous.
+
+They are wanted again only to plan for other sizes. Until then each is stored as one bit a weight
+and the kept values, exact to the bit, and the tensor itself is emptied.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sparselt.tickets.file import pack_bits, unpack_bits
+
+__all__ = ["Shelf"]
+
+# Smaller tensors are not worth the call.
+_SMALLEST = 256
+
+
+@dataclass
+class _Stored:
+    tensor: Tensor
+    bits: Tensor
+    values: Tensor
+    shape: torch.Size
+
+
+class Shelf:
+    """Tensors that are emptied in place, and filled again when they are wanted.
+
+    Example:
+        >>> import torch
+        >>> shelf, weight = Shelf(), torch.eye(32)
+        >>> shelf.put(weight)
+        >>> weight.numel()
+        0
+        >>> with shelf.out():
+        ...     torch.equal(weight, torch.eye(32))
+        True
+    """
+
+    def __init__(self) -> None:
+        self._stored: dict[int, _Stored] = {}
+
+    def put(self, tensor: Tensor) -> None:
+        """Empties a tensor, unless that would save no memory."""
+        kept = tensor != 0
+        size = tensor.element_size()
+        saved = (tensor.numel() - int(kept.count_nonzero())) * size - tensor.numel() // 8
+        if tensor.numel() < _SMALLEST or saved <= 0 or not tensor.is_cpu:
+            return
+        # Weights are kept in rows; a transposed one would come back with other strides.
+        if not tensor.is_contiguous():
+            return
+        stored = _Stored(tensor, pack_bits(kept), tensor[kept].clone(), tensor.shape)
+        self._stored[id(tensor)] = stored
+        tensor.data = tensor.new_empty(0)
+
+    @contextlib.contextmanager
+    def out(self) -> Iterator[None]:
+        """Fills all tensors, and empties them again at the end."""
+        with torch.inference_mode(False), torch.no_grad():
+            for stored in self._stored.values():
+                stored.tensor.data = _dense(stored)
+        try:
+            yield
+        finally:
+            for stored in self._stored.values():
+                stored.tensor.data = stored.tensor.new_empty(0)
+
+    def trim(self) -> None:
+        """Hands memory that was freed back to the system, which glibc puts off."""
+        trim = None
+        # A platform without the call gives memory back by itself, or cannot.
+        with contextlib.suppress(OSError, AttributeError, TypeError):
+            trim = ctypes.CDLL(None).malloc_trim
+        if trim is not None and self._stored:
+            trim(0)
+
+    def keep(self, tensors: Iterable[Tensor]) -> None:
+        """Fills tensors for good; to be called while they are out."""
+        for tensor in tensors:
+            self._stored.pop(id(tensor), None)
+
+
+def _dense(stored: _Stored) -> Tensor:
+    count = stored.shape.numel()
+    flat = torch.zeros(count, dtype=stored.values.dtype)
+    flat[unpack_bits(stored.bits, count)] = stored.values
+    return flat.view(stored.shape)

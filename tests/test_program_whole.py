@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The network as planned is measured as a whole, and dense wins where it is faster."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from networks import input_for, make
+
+import sparselt
+from sparselt.plan import DENSE
+
+
+def favour(monkeypatch, whole):
+    """Each layer is measured faster sparse; of the two whole networks, the one that is named."""
+    torch.set_num_threads(1)
+    monkeypatch.setattr("sparselt.family._is_clearly_first", lambda calls: False)
+
+    def measure(calls, **_):
+        if "planned" in calls:
+            return {name: 1.0 if name == whole else 2.0 for name in calls}
+        return {name: 100.0 if name == DENSE else float(i) for i, name in enumerate(calls, 1)}
+
+    monkeypatch.setattr("sparselt.tune.measure", measure)
+
+
+@pytest.mark.parametrize("whole", ["planned", "all dense"])
+def test_the_faster_whole_runs_and_the_explanation_says_so(monkeypatch, whole):
+    favour(monkeypatch, whole)
+    model = make("residual")
+    program = sparselt.compile(model, input_for("residual", 2))
+    explanation = sparselt.explain(program)
+    dense = {row.kernel == DENSE for row in explanation}
+    note = explanation.notes[0]
+    if whole == "planned":
+        assert dense == {False}
+        assert note == "the whole network was measured too: planned 1 us, all dense 2 us"
+    else:
+        assert dense == {True}
+        assert note == "the whole network runs dense: planned 2 us, all dense 1 us"
+        assert explanation[0].reason.startswith("stays dense: the whole network measured")
+        assert all(parameter.numel() for parameter in program._prepared.parameters())
+    for batch in (1, 2, 9):
+        x = input_for("residual", batch)
+        torch.testing.assert_close(program(x), model(x).detach(), rtol=1e-3, atol=1e-4)
+
+
+def test_a_network_without_sparse_layers_is_not_measured_twice(monkeypatch):
+    favour(monkeypatch, "all dense")
+    program = sparselt.compile(torch.nn.Linear(8, 8), torch.ones(2, 8))
+    assert not [note for note in sparselt.explain(program).notes if "whole" in note]
