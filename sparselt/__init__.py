@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from sparselt import lottery, measure, nn, reference
     from sparselt.conversion import convert
     from sparselt.explanation import explain
-    from sparselt.program import compile
+    from sparselt.program import compile, load_program
 
 __version__ = "0.1.0"
 
@@ -31,6 +31,7 @@ __all__ = [
     "errors",
     "explain",
     "formats",
+    "load_program",
     "load_ticket",
     "lottery",
     "measure",
@@ -46,6 +47,7 @@ _HOMES = {
     "compile": "sparselt.program",
     "convert": "sparselt.conversion",
     "explain": "sparselt.explanation",
+    "load_program": "sparselt.program",
 }
 
 

@@ -41,6 +41,7 @@ class Captured:
         guards: raises AssertionError for inputs that the graph was not captured for.
         input_spec: how the flat inputs make up (args, kwargs).
         others: the inputs that are no tensors, None in place of those that are; they are fixed.
+        bound: whether `guards` asks for more of the sizes than `shapes` says.
     """
 
     module: fx.GraphModule
@@ -52,6 +53,7 @@ class Captured:
     guards: Any
     input_spec: pytree.TreeSpec
     others: list[Any]
+    bound: bool = True
 
     def accepts(self, leaves: Sequence[Any], spec: pytree.TreeSpec) -> bool:
         """Whether the graph is right for these flat inputs."""
@@ -157,6 +159,8 @@ def _read(
         else:
             raise CaptureError(f"an input of kind {spec.kind.name}")
     guards = getattr(exported.module(), "_guards_fn", None)
+    bounded = any(str(bounds.upper) != "int_oo" for bounds in exported.range_constraints.values())
+    bound = bounded or bool(getattr(exported, "_guards_code", True))
     output_spec = exported.call_spec.out_spec
     assert output_spec is not None
     return Captured(
@@ -169,6 +173,7 @@ def _read(
         guards,
         input_spec,
         others,
+        bound,
     )
 
 

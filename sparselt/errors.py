@@ -16,6 +16,7 @@ __all__ = [
     "KernelError",
     "MissingDependencyError",
     "OptionError",
+    "ProgramFileError",
     "ShapeError",
     "SparseltError",
     "TicketFileError",
@@ -50,6 +51,10 @@ class TicketFileError(SparseltError, ValueError):
 
 class TicketNotFoundError(SparseltError, FileNotFoundError):
     """No file lies where a ticket was asked for."""
+
+
+class ProgramFileError(SparseltError, ValueError):
+    """The file of a compiled program is missing, damaged, hostile, or of an unknown version."""
 
 
 class KernelError(SparseltError, ValueError):

@@ -20,7 +20,6 @@ from sparselt.capture import Captured
 from sparselt.explanation import Row
 from sparselt.lowering import Lowered, lower
 from sparselt.plan import DENSE, Plan
-from sparselt.shelf import Shelf
 from sparselt.tune import Tuner
 
 __all__ = ["Bucket", "Family", "Planned", "Run"]
@@ -57,7 +56,6 @@ class Family:
     Args:
         captured: the graph.
         tuner: plans and times.
-        shelf: where weights go that no plan reads.
         known: plans made before, by bucket and node name.
     """
 
@@ -65,19 +63,19 @@ class Family:
         self,
         captured: Captured,
         tuner: Tuner,
-        shelf: Shelf,
         known: Mapping[Bucket, Mapping[str, Plan]] | None = None,
     ) -> None:
         self.captured = captured
         self.tuner = tuner
-        self.shelf = shelf
         self.known = known or {}
         self.packed: dict[tuple[Any, ...], Any] = {}
         self.planned: dict[Bucket, Planned] = {}
+        self.seen: set[tuple[tuple[int, ...] | None, ...]] = set()
 
     def run_for(self, leaves: Sequence[Any]) -> Run:
         """What runs inputs of these shapes; the weights must be out of the shelf."""
         key = self.bucket(leaves)
+        self.seen.add(tuple(tuple(x.shape) if isinstance(x, Tensor) else None for x in leaves))
         if key not in self.planned:
             self.planned[key] = self._plan(key, leaves)
         return self.planned[key].run
@@ -128,6 +126,13 @@ class Family:
         reason = "stays dense: the whole network measured no faster with sparse layers"
         dense.rows = [_as_dense(row, reason) for row in lowered.rows]
         self.packed.update(packed)
+        # A dense program is to be dense again where it is loaded.
+        other.plans = {
+            name: plan
+            if plan.is_dense
+            else replace(plan, kernel=DENSE, format=DENSE, reason=reason)
+            for name, plan in lowered.plans.items()
+        }
         return replace(other, note=f"the whole network runs dense: {told}")
 
     def _lower(

@@ -9,7 +9,8 @@ again for it (for a power of two of sizes at a time), or captured again, and the
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -19,13 +20,15 @@ from torch.utils import _pytree as pytree
 from sparselt import dynamo as _dynamo  # noqa: F401  registers the backend
 from sparselt.capture import Captured, CaptureError, capture
 from sparselt.conversion import as_call, convert, densify, prepare
-from sparselt.errors import OptionError
+from sparselt.errors import OptionError, ProgramFileError, ShapeError, explain_mismatch
 from sparselt.explanation import Explanation, explain
 from sparselt.family import Family, Planned, Run
+from sparselt.portable import Loaded, read_program, write_program
+from sparselt.profiling import Profile, profile_graph, profile_modules
 from sparselt.shelf import Shelf
 from sparselt.tune import Tuner
 
-__all__ = ["Program", "compile"]
+__all__ = ["Program", "compile", "load_program"]
 
 # Graphs kept for different shapes; the oldest goes when one more is captured.
 _MAX_CAPTURES = 16
@@ -47,16 +50,10 @@ class Program:
 
     def __init__(self, model: nn.Module, example_inputs: Any) -> None:
         """See `sparselt.compile`."""
-        self._prepared = densify(prepare(model).model)
+        prepared = densify(prepare(model).model)
+        self._begin(prepared, type(prepared).__name__, prepared.parameters())
         self._args, self._kwargs = as_call(example_inputs)
-        parameters = self._prepared.parameters()
-        self._tuner = Tuner(weight_bytes=sum(p.numel() * p.element_size() for p in parameters))
-        self._shelf = Shelf()
-        self._families: list[Family] = []
-        self._routes: dict[tuple[Any, ...], Run] = {}
-        self._converted: nn.Module | None = None
-        self._lock = threading.RLock()
-        self.notes = []
+        assert self._prepared is not None
         try:
             with torch.no_grad():
                 self._expected = self._prepared(*self._args, **self._kwargs)
@@ -68,6 +65,36 @@ class Program:
         leaves, spec = pytree.tree_flatten((self._args, self._kwargs))
         self._add_route(_signature(leaves, spec), leaves, spec)
         del self._expected
+
+    def _begin(self, model: nn.Module | None, title: str, weights: Iterable[Tensor]) -> None:
+        self._prepared = model
+        self._title = title
+        self._tuner = Tuner(weight_bytes=sum(p.numel() * p.element_size() for p in weights))
+        self._shelf = Shelf()
+        self._families: list[Family] = []
+        self._routes: dict[tuple[Any, ...], Run] = {}
+        self._converted: nn.Module | None = None
+        self._lock = threading.RLock()
+        self.notes = []
+
+    @classmethod
+    def _load(cls, path: Path) -> Program:
+        """See `load_program`."""
+        title, graphs = read_program(path)
+        program = cls.__new__(cls)
+        program._begin(None, title, graphs[0].captured.constants)
+        for loaded in graphs:
+            family = Family(loaded.captured, program._tuner, loaded.plans)
+            program._families.append(family)
+        try:
+            for loaded in graphs:
+                leaves = _example(loaded)
+                spec = loaded.captured.input_spec
+                program._add_route(_signature(leaves, spec), leaves, spec)
+        except Exception as error:
+            kind = type(error).__name__
+            raise ProgramFileError(f"{path}: its graph fails: {kind}: {error}") from error
+        return program
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The model's result, computed under inference mode."""
@@ -92,7 +119,7 @@ class Program:
         """A program is bound to this process and CPU: it is neither copied nor pickled."""
         raise OptionError(
             "a Program cannot be copied or pickled: save the model, or the result of "
-            "sparselt.convert, and compile it where it is to run"
+            "sparselt.convert, and compile it where it is to run, or use Program.save"
         )
 
     def explanation(self) -> Explanation:
@@ -104,8 +131,67 @@ class Program:
         notes = [*self.notes, planned.note, _rest(planned)]
         return Explanation(planned.lowered.rows, [note for note in notes if note])
 
+    def profile(self, *args: Any, runs: int = 10, **kwargs: Any) -> Profile:
+        """Where the time of a run goes: each layer, each other operation, and the rest.
+
+        Args:
+            *args: what the program is called with.
+            runs: how many to time; the median one is told.
+            **kwargs: likewise.
+
+        Returns:
+            One row a step; `str()` is a table, and `save_trace(path)` writes a Chrome trace.
+
+        Raises:
+            OptionError: `runs` is not positive.
+
+        Example:
+            >>> import torch
+            >>> program = compile(torch.nn.Linear(8, 4), torch.ones(2, 8))
+            >>> [row.kernel for row in program.profile(torch.ones(2, 8))]
+            ['dense', '']
+        """
+        self(*args, **kwargs)
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        route = self._routes[_signature(leaves, spec)]
+        for family in self._families:
+            for planned in family.planned.values():
+                if planned.run is route:
+                    lowered, values = planned.lowered, [*planned.constants, *leaves]
+                    return profile_graph(
+                        lowered.module,
+                        values,
+                        lowered.rows,
+                        lowered.calls,
+                        lambda: route(leaves),
+                        runs,
+                    )
+        assert self._converted is not None
+        return profile_modules(
+            self._converted, explain(self._converted), lambda: route(leaves), runs
+        )
+
+    def save(self, path: str | Path) -> None:
+        """Writes what is portable of the program to one file: graphs, weights and choices.
+
+        No pickle is involved. On the machine it was saved on, and with as many threads, the loaded
+        program runs the saved choices; elsewhere its layers are timed anew.
+
+        Args:
+            path: of the file, by custom *.safetensors; written beside and then renamed.
+
+        Raises:
+            OptionError: the model could not be captured, or its graph holds something that has no
+                place in the file. Then save the model, and compile it where it is to run.
+        """
+        if not self._families:
+            reason = self.notes[0] if self.notes else "it was not captured"
+            raise OptionError(f"save: there is no graph to save: {reason}")
+        with self._lock, self._shelf.out():
+            write_program(Path(path), self._families, self._title)
+
     def __repr__(self) -> str:
-        return f"Program of {type(self._prepared).__name__}: {self.explanation().summary()}"
+        return f"Program of {self._title}: {self.explanation().summary()}"
 
     def _add_route(self, key: tuple[Any, ...], leaves: list[Any], spec: pytree.TreeSpec) -> Run:
         """Plans for a new signature; safe to call from several threads."""
@@ -138,10 +224,12 @@ class Program:
         for family in self._families:
             if family.captured.accepts(leaves, spec):
                 return family.run_for(leaves)
+        if self._prepared is None:
+            raise self._unknown(leaves)
         if self._converted is not None and not self._families:
             return self._fall_back("", spec)
         try:
-            family = Family(self._capture(leaves, spec), self._tuner, self._shelf)
+            family = Family(self._capture(leaves, spec), self._tuner)
             run = family.run_for(leaves)
             if not self._families:
                 self._check(run(leaves))
@@ -155,8 +243,16 @@ class Program:
             self._routes = {key: run for key, run in self._routes.items() if run not in runs}
         return run
 
+    def _unknown(self, leaves: Sequence[Any]) -> ShapeError:
+        """A program from a file has no model that it could be captured from again."""
+        known = " or ".join(str(family.captured.shapes) for family in self._families)
+        got = [tuple(leaf.shape) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        hint = "compile the model to run it, or run these once before saving the program"
+        return ShapeError(explain_mismatch("inputs", f"sizes as in {known}", got, hint))
+
     def _capture(self, leaves: list[Any], spec: pytree.TreeSpec) -> Captured:
         """A graph with as many free sizes as possible: the batch, and what has varied before."""
+        assert self._prepared is not None
         varying = _varying(leaves, [family.captured for family in self._families])
         doubled = [
             torch.cat([leaf, leaf]) if isinstance(leaf, Tensor) and leaf.shape[:1] == (1,) else leaf
@@ -192,6 +288,7 @@ class Program:
     def _fall_back(self, reason: str, spec: pytree.TreeSpec) -> Run:
         """The model with its layers swapped, for what cannot be captured."""
         if self._converted is None:
+            assert self._prepared is not None
             example: Any = self._kwargs if self._kwargs and not self._args else self._args
             converted = convert(self._prepared, None if self._kwargs and self._args else example)
             self._converted = converted
@@ -230,6 +327,38 @@ def compile(model: nn.Module, example_inputs: Any) -> Program:
         torch.Size([5, 4])
     """
     return Program(model, example_inputs)
+
+
+def load_program(path: str | Path) -> Program:
+    """A program that `Program.save` wrote; needs no code of the model.
+
+    Args:
+        path: of the file. Files of others are safe to load: nothing in them is executed but a
+            graph of known operators, and everything is checked.
+
+    Returns:
+        The program. Sizes that its graphs do not allow are refused, since there is no model to
+        capture again.
+
+    Raises:
+        ProgramFileError: there is no such file, or it is damaged, hostile or of another version.
+
+    Example:
+        >>> import torch
+        >>> compile(torch.nn.Linear(8, 4), torch.ones(2, 8)).save("linear.safetensors")
+        >>> load_program("linear.safetensors")(torch.ones(5, 8)).shape
+        torch.Size([5, 4])
+    """
+    return Program._load(Path(path))
+
+
+def _example(loaded: Loaded) -> list[Any]:
+    """Inputs of the shapes that a saved program ran first."""
+    captured = loaded.captured
+    leaves: list[Any] = []
+    for shape, dtype, other in zip(loaded.seen[0], captured.types, captured.others, strict=True):
+        leaves.append(other if shape is None else torch.zeros(shape, dtype=dtype))
+    return leaves
 
 
 def _signature(leaves: Sequence[Any], spec: pytree.TreeSpec) -> tuple[Any, ...]:

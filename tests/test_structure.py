@@ -47,7 +47,18 @@ ALLOWED = REQUIRED | {
 BASE = {"errors"}
 DATA = BASE | {"formats", "tickets", "plan"}
 LAYER = DATA | {"packed", "ops", "facts", "nn"}
-GRAPH = {"fuse", "layers", "pooling", "lowering", "capture", "dynamo", "shelf", "family"}
+GRAPH = {
+    "fuse",
+    "layers",
+    "pooling",
+    "lowering",
+    "capture",
+    "dynamo",
+    "shelf",
+    "family",
+    "profiling",
+    "portable",
+}
 WHOLE_MODEL = LAYER | GRAPH | {"tune", "conversion", "explanation", "program"}
 EVERYTHING = WHOLE_MODEL | {"lottery", "measure", "reference", "sparselt"}
 # What each unit (a module or a package right under sparselt) may import, itself aside. A unit that
@@ -74,7 +85,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "lowering": LAYER | {"tune", "conversion", "explanation", "fuse", "layers", "pooling"},
     "capture": BASE,
     "shelf": {"tickets"},
-    "family": {"plan", "tune", "explanation", "lowering", "capture", "shelf"},
+    "profiling": BASE | {"explanation", "tickets"},
+    "portable": LAYER | {"capture", "family", "graph_text", "tune"},
+    "graph_text": set(),
+    "family": {"plan", "tune", "explanation", "lowering", "capture"},
     "dynamo": BASE | {"tune", "explanation", "lowering"},
     "program": WHOLE_MODEL - {"program"},
     "measure": WHOLE_MODEL | {"reference", "sparselt"},
