@@ -29,11 +29,11 @@ feature_dropout flatten floor full full_like ge gelu glu group_norm gt hardsigmo
 hardswish hardswish_ hardtanh hardtanh_ instance_norm layer_norm le leaky_relu leaky_relu_
 lift_fresh_copy linear log log_softmax logical_and logical_not logical_or lt masked_fill matmul
 max max_pool1d max_pool2d maximum mean min minimum mish mish_ mm movedim mul mul_ narrow ne neg
-new_ones new_zeros ones ones_like pad permute pixel_shuffle pixel_unshuffle pow prelu reciprocal
-relu relu6 relu6_ relu_ repeat repeat_interleave reshape rms_norm roll rsqrt scalar_tensor
-scaled_dot_product_attention select selu selu_ sigmoid sigmoid_ silu silu_ sin slice softmax
-softplus split split_with_sizes sqrt square squeeze stack sub sub_ sum swapaxes sym_size t tanh
-tanh_ tile to transpose tril triu unbind unflatten unsqueeze upsample_bilinear2d
+new_ones new_zeros numpy_T ones ones_like pad permute pixel_shuffle pixel_unshuffle pow prelu
+reciprocal relu relu6 relu6_ relu_ repeat repeat_interleave reshape rms_norm roll rsqrt
+scalar_tensor scaled_dot_product_attention select selu selu_ sigmoid sigmoid_ silu silu_ sin
+slice softmax softplus split split_with_sizes sqrt square squeeze stack sub sub_ sum swapaxes
+sym_size t tanh tanh_ tile to transpose tril triu unbind unflatten unsqueeze upsample_bilinear2d
 upsample_nearest2d var view view_as where zeros zeros_like
 """
 _ATEN = frozenset(_ATEN_NAMES.split())

@@ -287,5 +287,5 @@ def _digest(header: str, parts: Mapping[str, Tensor]) -> str:
     for name in sorted(parts):
         tensor = parts[name].contiguous()
         total.update(f"|{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
-        total.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+        total.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return total.hexdigest()

@@ -90,7 +90,9 @@ class Program:
             for loaded in graphs:
                 leaves = _example(loaded)
                 spec = loaded.captured.input_spec
-                program._add_route(_signature(leaves, spec), leaves, spec)
+                run = program._add_route(_signature(leaves, spec), leaves, spec)
+                with torch.inference_mode():
+                    run(leaves)
         except Exception as error:
             kind = type(error).__name__
             raise ProgramFileError(f"{path}: its graph fails: {kind}: {error}") from error
