@@ -239,9 +239,9 @@ def _take(parts: dict[str, Tensor], name: str, entry: Mapping[str, Any]) -> Tens
         kept = unpack_bits(bits, math.prod(shape))
         if values.shape != (int(kept.sum()),):
             raise ProgramFileError(f"tensor {name}: its bits and its values disagree")
-        tensor = torch.zeros(kept.numel(), dtype=values.dtype)
-        tensor[kept] = values
-        tensor = tensor.view(shape)
+        # Not a view of a flat one, which would stay behind when the program lets the weight go.
+        tensor = torch.zeros(shape, dtype=values.dtype)
+        tensor.view(-1)[kept] = values
     if list(tensor.shape) != shape or tensor.dtype is not dtype:
         raise ProgramFileError(explain_mismatch(f"tensor {name}", entry, tuple(tensor.shape)))
     return tensor

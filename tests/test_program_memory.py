@@ -96,6 +96,17 @@ def test_a_weight_that_the_graph_reads_itself_stays_whole():
     assert torch.equal(weight, before)
 
 
+def test_a_loaded_program_lets_its_dense_weights_go_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        "sparselt.tune.measure", lambda calls, **_: {c: i for i, c in enumerate(reversed(calls), 1)}
+    )
+    sparselt.compile(make("residual"), input_for("residual", 2)).save(tmp_path / "p.safetensors")
+    program = sparselt.load_program(tmp_path / "p.safetensors")
+    empty = [t for t in program._families[0].captured.constants if t.numel() == 0]
+    assert len(empty) >= 5
+    assert all(t._base is None and t.untyped_storage().nbytes() == 0 for t in empty)
+
+
 def test_what_is_small_or_full_is_not_put_away():
     shelf = Shelf()
     for tensor in (torch.zeros(4, 4), torch.ones(64, 64), torch.zeros(64, 8).t()):
