@@ -247,8 +247,9 @@ class Program:
 
     def _unknown(self, leaves: Sequence[Any]) -> ShapeError:
         """A program from a file has no model that it could be captured from again."""
-        known = " or ".join(str(family.captured.shapes) for family in self._families)
-        got = [tuple(leaf.shape) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        graphs = [family.captured for family in self._families]
+        known = " or ".join(f"{graph.shapes} of {graph.types}" for graph in graphs)
+        got = [(tuple(x.shape), x.dtype) if isinstance(x, Tensor) else x for x in leaves]
         hint = "compile the model to run it, or run these once before saving the program"
         return ShapeError(explain_mismatch("inputs", f"sizes as in {known}", got, hint))
 
