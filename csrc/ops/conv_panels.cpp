@@ -9,15 +9,12 @@
 
 #include <algorithm>
 
+#include "ops/conv_panel_source.h"
 #include "ops/conv_problem.h"
 #include "ops/panels.h"
 
 namespace sparselt {
 namespace {
-
-// Floor division and its remainder, for a column that may lie left of x.
-int64_t floor_quotient(int64_t a, int64_t b) { return (a - (a % b + b) % b) / b; }
-int64_t floor_remainder(int64_t a, int64_t b) { return (a % b + b) % b; }
 
 // Which of `count` rows (or phases) the taps of an axis meet at all.
 std::vector<bool> rows_met(const Axis& h) {
@@ -38,19 +35,6 @@ std::vector<bool> phases_met(const Axis& w) {
     met[static_cast<size_t>(floor_remainder(s * w.dilation - w.padding, w.stride))] = true;
   }
   return met;
-}
-
-int64_t phase_columns(const Axis& w) { return (w.size + w.stride - 1) / w.stride; }
-
-// One phase of a row; a phase that ends early is filled up with a zero.
-void cut_row(const Axis& w, int64_t phase, const float* from, float* to) {
-  const int64_t whole = phase < w.size ? (w.size - phase + w.stride - 1) / w.stride : 0;
-  if (w.stride == 2) {  // a constant stride is what compilers can turn into shuffles
-    for (int64_t j = 0; j < whole; ++j) to[j] = from[2 * j + phase];
-  } else {
-    for (int64_t j = 0; j < whole; ++j) to[j] = from[j * w.stride + phase];
-  }
-  for (int64_t j = whole; j < phase_columns(w); ++j) to[j] = 0.0f;
 }
 
 // x (planes, H, W) as (planes, stride_w, H, ceil(W / stride_w)); what no tap meets is left as it
@@ -85,35 +69,11 @@ void run_conv_panels(const ConvProblem& problem, const Weight& weight, const Ten
   const Axis& w = problem.geometry.w;
   STD_TORCH_CHECK(problem.groups == 1, weight.kernel->name, ": expected groups = 1, got ",
                   problem.groups);
-  const int64_t pitch = phase_columns(w);  // W itself where stride_w is 1
-  const int64_t plane = w.stride * h.size * pitch;
   const Tensor planes = w.stride == 1 ? input
                                       : cut_columns(h, w, const_float_data(input),
                                                     problem.batch * problem.channels_in);
-  PanelSource source{const_float_data(planes),
-                     problem.batch,
-                     problem.channels_in * plane,
-                     plane,
-                     h.stride * pitch,
-                     h.out(),
-                     w.out(),
-                     h.stride,
-                     h.size,
-                     pitch,
-                     false,
-                     {}};
-  for (int64_t r = 0; r < h.kernel; ++r) {
-    for (int64_t s = 0; s < w.kernel; ++s) {
-      const int64_t row = r * h.dilation - h.padding;
-      const int64_t column = s * w.dilation - w.padding;
-      const int64_t phase = floor_remainder(column, w.stride);
-      const int64_t shift = floor_quotient(column, w.stride);
-      source.taps.push_back({(phase * h.size + row) * pitch + shift, static_cast<int32_t>(row),
-                             static_cast<int32_t>(shift)});
-      source.bordered = source.bordered || row < 0 || shift < 0 ||
-                        row + (h.out() - 1) * h.stride >= h.size || shift + w.out() > pitch;
-    }
-  }
+  const PanelSource source = conv_panel_source(problem.geometry, problem.batch, problem.channels_in,
+                                               const_float_data(planes));
   run_panels(weight, source, y, epilogue);
 }
 

@@ -7,7 +7,6 @@
 // zeros left of the next. Where nothing is padded or cut, x is used as it is.
 #include <torch/headeronly/util/Exception.h>
 
-#include <cstring>
 #include <limits>
 
 #include "ops/conv_problem.h"
@@ -15,24 +14,6 @@
 
 namespace sparselt {
 namespace {
-
-// One channel of x, padded and cut into phases.
-void lay_out_plane(const Geometry& g, const float* x, float* plane) {
-  std::memset(plane, 0, sizeof(float) * static_cast<size_t>(g.plane()));
-  for (int64_t row = 0; row < g.h.size; ++row) {
-    const int64_t h = row + g.h.padding;
-    const float* from = x + row * g.w.size;
-    float* to = plane + h % g.h.stride * g.w.stride * g.phase_area() + h / g.h.stride * g.pitch();
-    if (g.w.stride == 1) {
-      std::memcpy(to + g.w.padding, from, sizeof(float) * static_cast<size_t>(g.w.size));
-      continue;
-    }
-    for (int64_t column = 0; column < g.w.size; ++column) {
-      const int64_t w = column + g.w.padding;
-      to[w % g.w.stride * g.phase_area() + w / g.w.stride] = from[column];
-    }
-  }
-}
 
 Tensor lay_out(const Geometry& g, const float* x, int64_t planes) {
   Tensor out = new_output({planes, g.plane()});
@@ -45,21 +26,6 @@ Tensor lay_out(const Geometry& g, const float* x, int64_t planes) {
   return out;
 }
 
-std::vector<int32_t> column_offsets(const Geometry& g, int64_t channels) {
-  STD_TORCH_CHECK(channels * g.plane() <= std::numeric_limits<int32_t>::max(),
-                  "x: the channels of a group hold more than 2^31 floats; split the image");
-  std::vector<int32_t> offsets;
-  offsets.reserve(static_cast<size_t>(channels * g.h.kernel * g.w.kernel));
-  for (int64_t channel = 0; channel < channels; ++channel) {
-    for (int64_t r = 0; r < g.h.kernel; ++r) {
-      for (int64_t s = 0; s < g.w.kernel; ++s) {
-        offsets.push_back(static_cast<int32_t>(channel * g.plane() + g.tap_offset(r, s)));
-      }
-    }
-  }
-  return offsets;
-}
-
 }  // namespace
 
 void run_conv_planes(const ConvProblem& problem, const Weight& weight, const Tensor& input,
@@ -68,6 +34,8 @@ void run_conv_planes(const ConvProblem& problem, const Weight& weight, const Ten
   const int64_t group_channels = problem.channels_in / problem.groups;
   const int64_t group_rows = problem.channels_out / problem.groups;
   const int64_t out_plane = g.h.out() * g.w.out();
+  STD_TORCH_CHECK(group_channels * g.plane() <= std::numeric_limits<int32_t>::max(),
+                  "x: the channels of a group hold more than 2^31 floats; split the image");
   const std::vector<int32_t> offsets = column_offsets(g, group_channels);
   const Tensor planes =
       g.in_place() ? input
