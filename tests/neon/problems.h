@@ -1,0 +1,58 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The case tables, one an operation. Each function runs a kernel over its table: every problem once
+// with every array before a forbidden page and once behind one, whole and cut at random places.
+// Returns how many problems there were; ends the program at the first wrong result.
+#pragma once
+
+#include <string>
+
+#include "expected.h"
+#include "ops/panel_maker.h"
+#include "registry.h"
+
+namespace neon_test {
+
+using sparselt::KernelInfo;
+
+int64_t check_spmm(const KernelInfo& kernel);
+int64_t check_conv2d(const KernelInfo& kernel);
+int64_t check_panel_spmm(const KernelInfo& kernel);
+int64_t check_panel_conv2d(const KernelInfo& kernel);
+
+// What is said if the program ends before the next problem, by a fault of memory too.
+void begin_problem(const std::string& text);
+[[noreturn]] void fail_problem(const std::string& reason);
+
+// Fails unless y is as expected.
+void expect_right(const Expected& expected, const float* y);
+// Fails unless both hold the same bits; any NaN equals any other.
+void expect_same(const Guarded<float>& whole, const Guarded<float>& cut);
+void expect_intact(bool intact);
+
+// Increasing bounds from 0 to `size`, up to two of them in between.
+std::vector<int64_t> random_cuts(Generator& random, int64_t size);
+
+// Sometimes replaces one of the values by a NaN or an infinity.
+void make_special(Generator& random, std::vector<float>& values);
+
+// The bias and residual of an ending as kernels want them.
+struct HeldEnding {
+  Guarded<float> bias;
+  Guarded<float> residual;
+  Epilogue pointers;
+  bool intact() const { return bias.intact() && residual.intact(); }
+};
+HeldEnding hold_ending(const Ending& ending, Edge edge);
+
+// The whole product by a panel kernel; with `random` cut into panels of any width, a section at a
+// time.
+void run_panels(const KernelInfo& kernel, const SellView& weight,
+                const sparselt::PanelSource& source, float* y, const Epilogue& epilogue, Edge edge,
+                Generator* random);
+
+// The slice height that the kernel reads, or any where it reads all.
+int64_t slice_height(const KernelInfo& kernel, int64_t variant);
+int64_t sell_block_cols(int64_t variant);
+
+}  // namespace neon_test

@@ -1,0 +1,144 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Products: sizes around every kernel's tile, densities from nothing to everything.
+#include <algorithm>
+
+#include "problems.h"
+
+namespace neon_test {
+namespace {
+
+constexpr int64_t kColumns[] = {1,  2,  3,  4,  5,  7,  8,  9,  12, 15, 16, 17, 23,  24,  25, 31,
+                                32, 33, 47, 48, 49, 60, 63, 64, 65, 66, 67, 96, 127, 129, 160};
+constexpr int64_t kShapes[][2] = {{1, 1}, {2, 3}, {5, 7}, {17, 33}, {33, 131}, {8, 64}};
+constexpr double kDensities[] = {0.0, 0.02, 0.1, 0.5, 1.0};
+constexpr int64_t kBlocks[][2] = {{1, 1}, {4, 1}, {8, 1}, {16, 1}, {2, 2},
+                                  {3, 5}, {1, 4}, {7, 2}, {16, 16}};
+
+struct Product {
+  int64_t variant;
+  int64_t columns;
+  Matrix weight;
+  std::vector<float> x;
+  Ending ending;
+};
+
+Product random_product(Generator& random, int64_t rows, int64_t cols, int64_t columns,
+                       double density, int64_t variant) {
+  Product product{variant, columns, random_matrix(random, rows, cols, density, variant % 3 == 2),
+                  random_floats(random, cols * columns),
+                  random_ending(random, variant, rows, rows * columns)};
+  make_special(random, product.x);
+  return product;
+}
+
+// A row-major matrix with rows `stride` floats apart, and bytes of 0xff in between.
+Guarded<float> spread(const std::vector<float>& values, int64_t rows, int64_t columns,
+                      int64_t stride, Edge edge) {
+  Guarded<float> apart(static_cast<size_t>((rows - 1) * stride + columns), edge);
+  for (int64_t row = 0; row < rows && !values.empty(); ++row) {
+    std::memcpy(apart.data() + row * stride, values.data() + row * columns,
+                static_cast<size_t>(columns) * sizeof(float));
+  }
+  return apart;
+}
+
+std::vector<float> gather(const Guarded<float>& apart, int64_t rows, int64_t columns,
+                          int64_t stride) {
+  std::vector<float> values;
+  for (int64_t i = 0; i < rows * stride; ++i) {
+    const auto at = static_cast<size_t>(i);
+    if (i % stride < columns) {
+      values.push_back(apart[at]);
+    } else if (at < apart.size()) {
+      const float gap = apart[at];
+      constexpr unsigned char kUntouched[] = {0xff, 0xff, 0xff, 0xff};
+      expect_intact(std::memcmp(&gap, kUntouched, sizeof(gap)) == 0);
+    }
+  }
+  return values;
+}
+
+void run_product(const KernelInfo& kernel, const Product& product, Edge edge, Generator& random) {
+  const int64_t* block = kBlocks[kernel.format == "bsr" ? product.variant % 9 : 0];
+  const Matrix stored = filled_blocks(product.weight, block[0], block[1]);
+  const Range rows{0, stored.rows};
+  Expected expected;
+  append_expected(expected, stored, rows, product.x, product.columns, product.ending, 0);
+  const SparseArrays weight = pack_sparse(product.weight, block[0], block[1], edge);
+  const int64_t x_stride = product.columns + product.variant % 2 * 3;
+  const int64_t y_stride = product.columns + product.variant % 3 * 2;
+  const Guarded<float> x = spread(product.x, stored.cols, product.columns, x_stride, edge);
+  Guarded<float> y = spread({}, stored.rows, product.columns, y_stride, edge);
+  Guarded<float> y_cut = spread({}, stored.rows, product.columns, y_stride, edge);
+  HeldEnding ending = hold_ending(product.ending, edge);
+  if (!product.ending.residual.empty()) {
+    ending.residual = spread(product.ending.residual, stored.rows, product.columns, y_stride, edge);
+    ending.pointers.residual = ending.residual.data();
+  }
+  sparselt::SpmmCall call{weight.view, x.data(),        x_stride,       y.data(),
+                          y_stride,    product.columns, ending.pointers};
+  const int64_t stored_rows = (stored.rows + block[0] - 1) / block[0];
+  kernel.spmm(call, {0, stored_rows}, {0, product.columns});
+  expect_right(expected, gather(y, stored.rows, product.columns, y_stride).data());
+
+  call.y = y_cut.data();
+  const std::vector<int64_t> row_cuts = random_cuts(random, stored_rows);
+  const std::vector<int64_t> column_cuts = random_cuts(random, product.columns);
+  for (size_t i = 1; i < row_cuts.size(); ++i) {
+    for (size_t j = 1; j < column_cuts.size(); ++j) {
+      kernel.spmm(call, {row_cuts[i - 1], row_cuts[i]}, {column_cuts[j - 1], column_cuts[j]});
+    }
+  }
+  expect_same(y, y_cut);
+  expect_intact(x.intact() && y.intact() && y_cut.intact() && weight.intact() && ending.intact());
+}
+
+void run_panel_product(const KernelInfo& kernel, const Product& product, Edge edge,
+                       Generator& random) {
+  Expected expected;
+  append_expected(expected, product.weight, {0, product.weight.rows}, product.x, product.columns,
+                  product.ending, 0);
+  const int64_t sections = std::min<int64_t>(1 + product.variant % 3, product.weight.rows);
+  const SellArrays weight =
+      pack_sell(product.weight, slice_height(kernel, product.variant),
+                sell_block_cols(product.variant + product.variant / 4), sections, edge);
+  const Guarded<float> x(product.x, edge);
+  Guarded<float> y(expected.values.size(), edge);
+  Guarded<float> y_cut(expected.values.size(), edge);
+  const HeldEnding ending = hold_ending(product.ending, edge);
+  const int64_t columns = product.columns;
+  const sparselt::PanelSource source{x.data(), 1, 0, columns, columns, 1,
+                                     columns,  1, 1, columns, false,   {{0, 0, 0}}};
+  run_panels(kernel, weight.view, source, y.data(), ending.pointers, edge, nullptr);
+  expect_right(expected, y.data());
+  run_panels(kernel, weight.view, source, y_cut.data(), ending.pointers, edge, &random);
+  expect_same(y, y_cut);
+  expect_intact(x.intact() && y.intact() && y_cut.intact() && weight.intact() && ending.intact());
+}
+
+template <class Run>
+int64_t walk(const KernelInfo& kernel, Run run) {
+  int64_t variant = 0;
+  for (const int64_t columns : kColumns) {
+    for (const auto& [rows, cols] : kShapes) {
+      for (const double density : kDensities) {
+        begin_problem(std::string(kernel.name) + " M=" + std::to_string(rows) +
+                      " K=" + std::to_string(cols) + " N=" + std::to_string(columns) + " density=" +
+                      std::to_string(density) + " variant=" + std::to_string(variant));
+        Generator random(static_cast<uint32_t>(variant));
+        const Product product = random_product(random, rows, cols, columns, density, variant);
+        for (const Edge edge : {Edge::kFront, Edge::kBack}) run(kernel, product, edge, random);
+        ++variant;
+      }
+    }
+  }
+  return variant;
+}
+
+}  // namespace
+
+int64_t check_spmm(const KernelInfo& kernel) { return walk(kernel, run_product); }
+int64_t check_panel_spmm(const KernelInfo& kernel) { return walk(kernel, run_panel_product); }
+
+}  // namespace neon_test
