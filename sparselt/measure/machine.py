@@ -9,6 +9,7 @@ import platform
 import shlex
 import subprocess
 import sys
+import time
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -151,8 +152,8 @@ def header(command: str | None = None) -> dict[str, Any]:
 
     Returns:
         A dictionary of plain values: cpu, flags, caches, cores, affinity, threads, isa, versions,
-        environment, commit, dirty, date, command, virtual_machine, governor, load_average (what
-        else the machine was doing when the measurement began; above half the cores, distrust it).
+        environment, commit, dirty, date, command, virtual_machine, governor, busy_cores (how many
+        cores other work took when the measurement began; from half a core on, distrust it).
 
     Example:
         >>> header("example")["command"]
@@ -173,7 +174,7 @@ def header(command: str | None = None) -> dict[str, Any]:
         "isa": _sparselt_isa(),
         "torch_isa": torch_isa(),
         "virtual_machine": "hypervisor" in flags,
-        "load_average": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+        "busy_cores": _busy_cores(),
         "governor": _read("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor") or "unknown",
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
@@ -190,11 +191,29 @@ def is_busy(machine: dict[str, Any]) -> bool:
     """Whether other work took so much of the machine that its times are not to be trusted.
 
     Example:
-        >>> is_busy({"load_average": 3.1, "cores": 2})
+        >>> is_busy({"busy_cores": 1.4})
         True
     """
-    load, cores = machine.get("load_average"), machine.get("cores")
-    return load is not None and cores is not None and float(load) > max(0.5 * int(cores), 0.75)
+    return float(machine.get("busy_cores") or 0.0) >= 0.5
+
+
+def _busy_cores(seconds: float = 0.25) -> float | None:
+    """Cores that other processes use while this one sleeps; None where the system does not tell.
+
+    Not the load average, which a build or a training that has just ended still fills.
+    """
+
+    def ticks() -> list[int]:
+        first = _read("/proc/stat").splitlines()[:1]
+        return [int(field) for field in first[0].split()[1:]] if first else []
+
+    before = ticks()
+    time.sleep(seconds)
+    spent = [b - a for a, b in zip(before, ticks(), strict=True)]
+    if len(spent) < 5 or sum(spent) == 0:
+        return None
+    idle = spent[3] + spent[4]  # idle, and waiting for a disk
+    return round((1 - idle / sum(spent)) * (os.cpu_count() or 1), 2)
 
 
 def one_line(machine: dict[str, Any]) -> str:
@@ -212,7 +231,7 @@ def one_line(machine: dict[str, Any]) -> str:
         f"torch {machine['versions'].get('torch', 'unknown')}",
     ]
     if is_busy(machine):
-        parts.append(f"BUSY: load average {machine['load_average']:g} before the measurement")
+        parts.append(f"BUSY: other work took {machine['busy_cores']:g} cores")
     if "date" in machine:
         parts.append(str(machine["date"])[:10])
     return ", ".join(parts)
