@@ -45,7 +45,7 @@ _PAYS_BELOW_ONE_COLUMN = 0.15
 # a pass over the sums.
 _BLOCK_COLS = 128
 _SPARSE_BLOCK_COLS = 192
-_SPARSE_BELOW = 0.12
+_SPARSE_BELOW = 0.08
 _ANY_HEIGHT = 4  # slice height for a kernel that takes any
 
 # A spmv kernel reads the weight once for every 8 columns, so it is offered for no more. Its x is
