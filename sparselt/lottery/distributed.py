@@ -13,6 +13,7 @@ import atexit
 import contextlib
 import hashlib
 import os
+import time
 from collections.abc import Mapping
 from datetime import timedelta
 
@@ -23,6 +24,8 @@ from torch.nn.parallel import DistributedDataParallel
 from sparselt.errors import DataError, OptionError, explain_mismatch
 
 __all__ = ["check_same", "is_leader", "join", "shard", "share_buffers", "wrap"]
+
+_SETTLE_SECONDS = 0.2
 
 
 def join() -> bool:
@@ -104,6 +107,10 @@ def _leave() -> None:
         # has failed must not be waited for long.
         with contextlib.suppress(RuntimeError):
             distributed.monitored_barrier(timeout=timedelta(seconds=5))
+        # Gloo's threads outlive the group (DistributedDataParallel keeps it alive), and one that
+        # still has to free the tensors of its last collective needs the interpreter: once that is
+        # being finalised, it ends the process with SIGABRT.
+        time.sleep(_SETTLE_SECONDS)
     distributed.destroy_process_group()
 
 
