@@ -75,7 +75,6 @@ HeldEpilogue as_epilogue(const OptionalTensor& bias, const OptionalTensor& resid
     STD_TORCH_CHECK(shape_of(*residual) == shape, "residual: expected the result's shape ",
                     describe(shape), ", got ", describe(shape_of(*residual)));
     held.residual = as_float_input(*residual, "residual");
-    held.pointers.residual = const_float_data(*held.residual);
   }
   return held;
 }

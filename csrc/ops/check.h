@@ -6,21 +6,15 @@
 #pragma once
 
 #include "ops/ops.h"
-#include "registry.h"
+#include "ops/weight.h"
 
 namespace sparselt {
 
 // A contiguous float32 CPU tensor of `tensor`'s values; `name` is for the error.
 Tensor as_float_input(const Tensor& tensor, const char* name);
 
-// The kernel and the weight as it sees it; `dims` is the rank of the weight's dense shape.
-struct Weight {
-  const KernelInfo* kernel;
-  int64_t rows;
-  int64_t cols;
-  SparseView view;  // of csr and bsr
-  SellView sell;    // of sell
-};
+// The kernel called `kernel` and the weight of these parts, which must outlive the result; `dims`
+// is the rank of the weight's dense shape.
 Weight as_weight(const Parts& parts, const Ints& meta, const std::string& kernel,
                  std::string_view op, size_t dims);
 
@@ -29,7 +23,8 @@ Weight as_weight(const Parts& parts, const Ints& meta, const std::string& kernel
 struct HeldEpilogue {
   OptionalTensor bias;
   OptionalTensor residual;
-  Epilogue pointers;
+  Epilogue pointers;  // but for the residual
+  const float* residual_data() const;
 };
 HeldEpilogue as_epilogue(const OptionalTensor& bias, const OptionalTensor& residual,
                          const OptionalBound& lower, const OptionalBound& upper, int64_t rows,
@@ -48,6 +43,10 @@ inline float* float_data(const Tensor& tensor) {
 }
 inline const float* const_float_data(const Tensor& tensor) {
   return static_cast<const float*>(tensor.const_data_ptr());
+}
+
+inline const float* HeldEpilogue::residual_data() const {
+  return residual ? const_float_data(*residual) : nullptr;
 }
 
 }  // namespace sparselt

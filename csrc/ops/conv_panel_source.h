@@ -26,17 +26,19 @@ inline void cut_row(const Axis& w, int64_t phase, const float* from, float* to) 
   for (int64_t j = whole; j < phase_columns(w); ++j) to[j] = 0.0f;
 }
 
-// `planes` is x (batch, channels, H, W), with a stride along the width cut into (batch, channels,
+// For x of (batch, channels, H, W), with a stride along the width cut into (batch, channels,
 // stride_w, H, phase_columns).
-inline PanelSource conv_panel_source(const Geometry& g, int64_t batch, int64_t channels,
-                                     const float* planes) {
+inline PanelSource conv_panel_source(const Geometry& g, int64_t batch, int64_t channels) {
   const Axis& h = g.h;
   const Axis& w = g.w;
   const int64_t pitch = phase_columns(w);  // W itself where stride_w is 1
   const int64_t plane = w.stride * h.size * pitch;
-  PanelSource source{planes,  batch,   channels * plane, plane,  h.stride * pitch,
-                     h.out(), w.out(), h.stride,         h.size, pitch,
-                     false,   {}};
+  PanelSource source{batch,    channels * plane,
+                     plane,    h.stride * pitch,
+                     h.out(),  w.out(),
+                     h.stride, h.size,
+                     pitch,    false,
+                     {}};
   for (int64_t r = 0; r < h.kernel; ++r) {
     for (int64_t s = 0; s < w.kernel; ++s) {
       const int64_t row = r * h.dilation - h.padding;

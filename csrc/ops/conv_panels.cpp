@@ -4,14 +4,12 @@
 // it is, but for a stride along the width: it would put the pixels that one tap meets stride_w
 // apart. Then each row of x that a tap meets is first cut into phases, columns j * stride_w + phase
 // lying next to each other.
-#include <torch/csrc/stable/ops.h>
 #include <torch/headeronly/util/Exception.h>
-
-#include <algorithm>
 
 #include "ops/conv_panel_source.h"
 #include "ops/conv_problem.h"
 #include "ops/panels.h"
+#include "ops/partition.h"
 
 namespace sparselt {
 namespace {
@@ -37,44 +35,71 @@ std::vector<bool> phases_met(const Axis& w) {
   return met;
 }
 
-// x (planes, H, W) as (planes, stride_w, H, ceil(W / stride_w)); what no tap meets is left as it
-// is.
-Tensor cut_columns(const Axis& h, const Axis& w, const float* x, int64_t planes) {
-  const int64_t pitch = phase_columns(w);
-  const std::vector<bool> rows = rows_met(h);
-  const std::vector<bool> phases = phases_met(w);
-  Tensor out = new_output({planes, w.stride, h.size, pitch});
-  float* data = float_data(out);
-  const int64_t grain = std::max<int64_t>(1, (1 << 14) / std::max<int64_t>(1, h.size * w.size));
-  torch::stable::parallel_for(0, planes, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t plane = begin; plane < end; ++plane) {
-      for (int64_t row = 0; row < h.size; ++row) {
-        if (!rows[static_cast<size_t>(row)]) continue;
-        const float* from = x + (plane * h.size + row) * w.size;
-        for (int64_t phase = 0; phase < w.stride; ++phase) {
-          if (!phases[static_cast<size_t>(phase)]) continue;
-          cut_row(w, phase, from, data + ((plane * w.stride + phase) * h.size + row) * pitch);
-        }
+// A first stage turns x (planes, H, W) into (planes, stride_w, H, ceil(W / stride_w)); what no tap
+// meets is left as it is.
+class CutPanelTask final : public PanelTask {
+ public:
+  CutPanelTask(const Team& team, const ConvProblem& problem, const Weight& weight,
+               const Epilogue& epilogue, PanelSource source)
+      : PanelTask(team, weight, epilogue, std::move(source)),
+        h_(problem.geometry.h),
+        w_(problem.geometry.w),
+        planes_(problem.batch * problem.channels_in),
+        cutting_parts_(copying_parts(team, planes_, h_.size * w_.size)),
+        rows_(rows_met(h_)),
+        phases_(phases_met(w_)) {}
+
+  int64_t stages() const override { return 2; }
+  int64_t parts(int64_t stage) const override {
+    return stage == 0 ? cutting_parts_ : PanelTask::parts(0);
+  }
+  int64_t shared_floats() const override {
+    return planes_ * w_.stride * h_.size * phase_columns(w_);
+  }
+  void run(int64_t stage, int64_t part, const Operands& operands) const override {
+    if (stage == 0) {
+      const Range planes = even_range(planes_, part, cutting_parts_);
+      for (int64_t plane = planes.begin; plane < planes.end; ++plane) cut(plane, operands);
+      return;
+    }
+    Operands cut_operands = operands;
+    cut_operands.x = operands.shared;
+    PanelTask::run(0, part, cut_operands);
+  }
+
+ private:
+  void cut(int64_t plane, const Operands& operands) const {
+    const int64_t pitch = phase_columns(w_);
+    for (int64_t row = 0; row < h_.size; ++row) {
+      if (!rows_[static_cast<size_t>(row)]) continue;
+      const float* from = operands.x + (plane * h_.size + row) * w_.size;
+      for (int64_t phase = 0; phase < w_.stride; ++phase) {
+        if (!phases_[static_cast<size_t>(phase)]) continue;
+        const int64_t to = (plane * w_.stride + phase) * h_.size + row;
+        cut_row(w_, phase, from, operands.shared + to * pitch);
       }
     }
-  });
-  return out;
-}
+  }
+
+  const Axis h_;
+  const Axis w_;
+  const int64_t planes_;
+  const int64_t cutting_parts_;
+  const std::vector<bool> rows_;
+  const std::vector<bool> phases_;
+};
 
 }  // namespace
 
-void run_conv_panels(const ConvProblem& problem, const Weight& weight, const Tensor& input,
-                     const Epilogue& epilogue, float* y) {
-  const Axis& h = problem.geometry.h;
-  const Axis& w = problem.geometry.w;
+TaskPointer make_conv_panels(const Team& team, const ConvProblem& problem, const Weight& weight,
+                             const Epilogue& epilogue) {
   STD_TORCH_CHECK(problem.groups == 1, weight.kernel->name, ": expected groups = 1, got ",
                   problem.groups);
-  const Tensor planes = w.stride == 1 ? input
-                                      : cut_columns(h, w, const_float_data(input),
-                                                    problem.batch * problem.channels_in);
-  const PanelSource source = conv_panel_source(problem.geometry, problem.batch, problem.channels_in,
-                                               const_float_data(planes));
-  run_panels(weight, source, y, epilogue);
+  PanelSource source = conv_panel_source(problem.geometry, problem.batch, problem.channels_in);
+  if (problem.geometry.w.stride == 1) {
+    return std::make_unique<PanelTask>(team, weight, epilogue, std::move(source));
+  }
+  return std::make_unique<CutPanelTask>(team, problem, weight, epilogue, std::move(source));
 }
 
 }  // namespace sparselt

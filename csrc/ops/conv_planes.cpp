@@ -15,46 +15,76 @@
 namespace sparselt {
 namespace {
 
-Tensor lay_out(const Geometry& g, const float* x, int64_t planes) {
-  Tensor out = new_output({planes, g.plane()});
-  float* data = float_data(out);
-  const int64_t grain = std::max<int64_t>(1, (1 << 14) / g.plane());
-  torch::stable::parallel_for(0, planes, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i)
-      lay_out_plane(g, x + i * g.h.size * g.w.size, data + i * g.plane());
-  });
-  return out;
-}
+class ConvPlaneTask final : public Task {
+ public:
+  ConvPlaneTask(const Team& team, const ConvProblem& problem, const Weight& weight,
+                const Epilogue& epilogue)
+      : problem_(problem),
+        weight_(weight),
+        epilogue_(epilogue),
+        planes_(problem.batch * problem.channels_in),
+        laying_parts_(copying_parts(team, planes_, problem.geometry.plane())),
+        group_channels_(problem.channels_in / problem.groups),
+        offsets_(column_offsets(problem.geometry, group_channels_)),
+        split_(team, weight.view, problem.batch * problem.groups, problem.geometry.flat_pixels(),
+               weight.kernel->tile_columns) {}
+
+  int64_t stages() const override { return in_place() ? 1 : 2; }
+  int64_t parts(int64_t stage) const override {
+    return stage + 1 < stages() ? laying_parts_ : split_.parts();
+  }
+  int64_t shared_floats() const override {
+    return in_place() ? 0 : planes_ * problem_.geometry.plane();
+  }
+
+  void run(int64_t stage, int64_t part, const Operands& operands) const override {
+    const Geometry& g = problem_.geometry;
+    if (stage + 1 < stages()) {
+      const Range planes = even_range(planes_, part, laying_parts_);
+      for (int64_t i = planes.begin; i < planes.end; ++i) {
+        lay_out_plane(g, operands.x + i * g.h.size * g.w.size, operands.shared + i * g.plane());
+      }
+      return;
+    }
+    const float* x = in_place() ? operands.x : operands.shared;
+    const int64_t group_rows = problem_.channels_out / problem_.groups;
+    const int64_t out_plane = g.h.out() * g.w.out();
+    const auto rows_of = [&](int64_t item) {
+      const int64_t group = item % problem_.groups;
+      return Range{group * group_rows, (group + 1) * group_rows};
+    };
+    split_.visit(weight_.view, part, rows_of, [&](int64_t item, Range rows, Range pixels) {
+      const int64_t image = item / problem_.groups * problem_.channels_out * out_plane;
+      Conv2dCall call{weight_.view,    x + item * group_channels_ * g.plane(),
+                      offsets_.data(), g.pitch(),
+                      g.w.out(),       operands.y + image,
+                      out_plane,       epilogue_};
+      if (operands.residual) call.epilogue.residual = operands.residual + image;
+      weight_.kernel->conv2d(call, rows, pixels);
+    });
+  }
+
+ private:
+  bool in_place() const { return problem_.geometry.in_place(); }
+
+  const ConvProblem problem_;
+  const Weight weight_;
+  const Epilogue epilogue_;
+  const int64_t planes_;
+  const int64_t laying_parts_;
+  const int64_t group_channels_;
+  const std::vector<int32_t> offsets_;
+  const ProductSplit split_;
+};
 
 }  // namespace
 
-void run_conv_planes(const ConvProblem& problem, const Weight& weight, const Tensor& input,
-                     const Epilogue& epilogue, float* y) {
-  const Geometry& g = problem.geometry;
-  const int64_t group_channels = problem.channels_in / problem.groups;
-  const int64_t group_rows = problem.channels_out / problem.groups;
-  const int64_t out_plane = g.h.out() * g.w.out();
-  STD_TORCH_CHECK(group_channels * g.plane() <= std::numeric_limits<int32_t>::max(),
+TaskPointer make_conv_planes(const Team& team, const ConvProblem& problem, const Weight& weight,
+                             const Epilogue& epilogue) {
+  STD_TORCH_CHECK(problem.channels_in / problem.groups * problem.geometry.plane() <=
+                      std::numeric_limits<int32_t>::max(),
                   "x: the channels of a group hold more than 2^31 floats; split the image");
-  const std::vector<int32_t> offsets = column_offsets(g, group_channels);
-  const Tensor planes =
-      g.in_place() ? input
-                   : lay_out(g, const_float_data(input), problem.batch * problem.channels_in);
-  const float* x = const_float_data(planes);
-  const auto rows_of = [&](int64_t item) {
-    const int64_t group = item % problem.groups;
-    return Range{group * group_rows, (group + 1) * group_rows};
-  };
-  const auto run = [&](int64_t item, Range rows, Range pixels) {
-    const int64_t image = item / problem.groups;
-    Conv2dCall call{
-        weight.view, x + item * group_channels * g.plane(),        offsets.data(), g.pitch(),
-        g.w.out(),   y + image * problem.channels_out * out_plane, out_plane,      epilogue};
-    if (epilogue.residual) call.epilogue.residual += image * problem.channels_out * out_plane;
-    weight.kernel->conv2d(call, rows, pixels);
-  };
-  parallel_product(weight.view, problem.batch * problem.groups, g.flat_pixels(),
-                   weight.kernel->tile_columns, rows_of, run);
+  return std::make_unique<ConvPlaneTask>(team, problem, weight, epilogue);
 }
 
 }  // namespace sparselt

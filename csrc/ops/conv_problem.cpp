@@ -29,22 +29,22 @@ Axis make_axis(const char* name, int64_t size, int64_t kernel, int64_t stride, i
 
 }  // namespace
 
-ConvProblem make_conv_problem(const Tensor& x, const Ints& meta, const Ints& stride,
+ConvProblem make_conv_problem(const Ints& x_shape, const Ints& meta, const Ints& stride,
                               const Ints& padding, const Ints& dilation, int64_t groups) {
-  STD_TORCH_CHECK(meta.size() == 6 && x.dim() == 4,
+  STD_TORCH_CHECK(meta.size() == 6 && x_shape.size() == 4,
                   "conv2d: expected a 4-D weight and x of (B, C_in, H, W)");
   STD_TORCH_CHECK(stride.size() == 2 && padding.size() == 2 && dilation.size() == 2,
                   "stride, padding, dilation: expected 2 numbers each");
   const int64_t* shape = meta.data() + 2;
-  STD_TORCH_CHECK(groups > 0 && shape[0] % groups == 0 && x.size(1) == shape[1] * groups,
+  STD_TORCH_CHECK(groups > 0 && shape[0] % groups == 0 && x_shape[1] == shape[1] * groups,
                   "x: expected ", shape[1] * groups, " channels (", groups, " groups of ", shape[1],
-                  ") and C_out divisible by groups, got ", x.size(1), " channels and C_out ",
+                  ") and C_out divisible by groups, got ", x_shape[1], " channels and C_out ",
                   shape[0]);
-  const Axis h = make_axis("height", x.size(2), shape[2], stride[0], padding[0], dilation[0]);
-  const Axis w = make_axis("width", x.size(3), shape[3], stride[1], padding[1], dilation[1]);
+  const Axis h = make_axis("height", x_shape[2], shape[2], stride[0], padding[0], dilation[0]);
+  const Axis w = make_axis("width", x_shape[3], shape[3], stride[1], padding[1], dilation[1]);
   STD_TORCH_CHECK(h.padded() <= kMaxPixels / w.padded(), "x: expected a padded map of at most ",
                   kMaxPixels, " pixels, got ", h.padded(), " x ", w.padded());
-  return {{h, w}, x.size(0), x.size(1), shape[0], groups};
+  return {{h, w}, x_shape[0], x_shape[1], shape[0], groups};
 }
 
 }  // namespace sparselt

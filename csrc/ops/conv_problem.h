@@ -5,6 +5,7 @@
 
 #include "ops/check.h"
 #include "ops/conv_geometry.h"
+#include "ops/task.h"
 
 namespace sparselt {
 
@@ -17,15 +18,20 @@ struct ConvProblem {
   }
 };
 
-ConvProblem make_conv_problem(const Tensor& x, const Ints& meta, const Ints& stride,
+// `x_shape` is (B, C_in, H, W), `meta` as in ops.h.
+ConvProblem make_conv_problem(const Ints& x_shape, const Ints& meta, const Ints& stride,
                               const Ints& padding, const Ints& dilation, int64_t groups);
 
+// By the way that suits the kernel, one of the following.
+TaskPointer make_conv_task(const Team& team, const ConvProblem& problem, const Weight& weight,
+                           const Epilogue& epilogue);
+
 // By a conv2d kernel: x is padded and cut into phases, see conv_planes.cpp.
-void run_conv_planes(const ConvProblem& problem, const Weight& weight, const Tensor& input,
-                     const Epilogue& epilogue, float* y);
+TaskPointer make_conv_planes(const Team& team, const ConvProblem& problem, const Weight& weight,
+                             const Epilogue& epilogue);
 
 // By a panel kernel, which masks borders itself; one group only.
-void run_conv_panels(const ConvProblem& problem, const Weight& weight, const Tensor& input,
-                     const Epilogue& epilogue, float* y);
+TaskPointer make_conv_panels(const Team& team, const ConvProblem& problem, const Weight& weight,
+                             const Epilogue& epilogue);
 
 }  // namespace sparselt

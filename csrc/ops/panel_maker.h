@@ -21,12 +21,11 @@ struct Tap {
   int32_t column_shift;
 };
 
-// Where output pixel (image, p, q) finds the x of channel c under a tap:
-//   x + image * image_stride + c * channel_stride + p * row_stride + q + tap.offset
+// Where output pixel (image, p, q) finds the x of channel c under a tap, from the start of x on:
+//   image * image_stride + c * channel_stride + p * row_stride + q + tap.offset
 // With `bordered`, row p * row_step + row_shift and column q + column_shift must lie in the
 // height x width of x; elsewhere x counts as zero. A matrix (K, N) is one image of one row.
 struct PanelSource {
-  const float* x;
   int64_t batch;
   int64_t image_stride;
   int64_t channel_stride;
@@ -61,23 +60,23 @@ class PanelMaker {
         rows_(rows),
         tap_extra_(source.taps.size() + 1) {}
 
-  // The panel of flat pixels [begin, end); valid until the next call. `image` becomes the image of
-  // the first pixel, which offsets count from.
-  Panel make(int64_t begin, int64_t end, float* y, int64_t* image) {
-    *image = begin / area_;
+  // The panel of flat pixels [begin, end); valid until the next call. Its x and y are still to be
+  // told, by `point`. Two panels of as many pixels differ only if begin % (out_height * out_width)
+  // does.
+  Panel make(int64_t begin, int64_t end) {
     const int lanes = static_cast<int>(end - begin);
     place_lanes(begin, lanes);
     const int vectors = (lanes + kPanelLanes - 1) / kPanelLanes;
     make_loads(vectors);
     make_stores(vectors);
-    return {source_.x + *image * source_.image_stride,
+    return {nullptr,
             source_.channel_stride,
             static_cast<int64_t>(source_.taps.size()),
             vectors,
             loads_.data(),
             extra_.data(),
             tap_extra_.data(),
-            y + *image * rows_ * area_,
+            nullptr,
             area_,
             stores_.data(),
             static_cast<int>(stores_.size())};
@@ -193,5 +192,16 @@ class PanelMaker {
   int32_t row_[kMaxPanelLanes] = {};
   int32_t column_[kMaxPanelLanes] = {};
 };
+
+// Points the panel of a product of `rows` rows that begins at flat pixel `begin` at its x and y,
+// and returns the image of that pixel, which offsets count from.
+inline int64_t point(const PanelSource& source, int64_t rows, int64_t begin, const float* x,
+                     float* y, Panel* panel) {
+  const int64_t area = source.out_height * source.out_width;
+  const int64_t image = begin / area;
+  panel->x = x + image * source.image_stride;
+  panel->y = y + image * rows * area;
+  return image;
+}
 
 }  // namespace sparselt

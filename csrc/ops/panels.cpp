@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "ops/panels.h"
 
-#include <torch/csrc/stable/ops.h>
 #include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
@@ -10,68 +9,103 @@
 #include "ops/partition.h"
 
 namespace sparselt {
-namespace {
 
-// Flat pixels and sections that one thread computes.
-struct Share {
-  Range pixels;
-  Range sections;
-};
-
-Share share_of(int64_t part, int64_t parts, int64_t pixels, int64_t sections) {
-  const int64_t vectors = (pixels + kPanelLanes - 1) / kPanelLanes;
-  if (vectors >= parts * kMaxPanelVectors || sections < parts) {
-    return {even_columns(pixels, part, parts), {0, sections}};
-  }
-  return {{0, pixels}, {sections * part / parts, sections * (part + 1) / parts}};
-}
-
-void run_share(const Weight& weight, const PanelSource& source, float* y, const Epilogue& epilogue,
-               const Share& share, float* scratch) {
-  PanelMaker maker(source, weight.rows);
-  const int64_t area = source.out_height * source.out_width;
-  const int64_t vectors = (share.pixels.end - share.pixels.begin + kPanelLanes - 1) / kPanelLanes;
-  const int64_t max_vectors = weight.kernel->tile_columns / kPanelLanes;
-  const int64_t panels = (vectors + max_vectors - 1) / max_vectors;
-  for (int64_t i = 0; i < panels; ++i) {
-    const int64_t begin = share.pixels.begin + vectors * i / panels * kPanelLanes;
-    const int64_t end =
-        std::min(share.pixels.end, share.pixels.begin + vectors * (i + 1) / panels * kPanelLanes);
-    int64_t image = 0;
-    PanelCall call{weight.sell, maker.make(begin, end, y, &image), epilogue, scratch,
-                   scratch + (weight.sell.block_cols + 1) * kMaxPanelLanes};
-    if (epilogue.residual) call.epilogue.residual += image * weight.rows * area;
-    weight.kernel->panel(call, share.sections);
-  }
-}
-
-}  // namespace
-
-void run_panels(const Weight& weight, const PanelSource& source, float* y,
-                const Epilogue& epilogue) {
-  const int64_t pixels = source.batch * source.out_height * source.out_width;
-  if (pixels == 0 || weight.rows == 0) return;
+PanelTask::PanelTask(const Team& team, const Weight& weight, const Epilogue& epilogue,
+                     PanelSource source)
+    : weight_(weight),
+      epilogue_(epilogue),
+      source_(std::move(source)),
+      pixels_(source_.batch * source_.out_height * source_.out_width) {
+  if (pixels_ == 0 || weight.rows == 0) return;
   STD_TORCH_CHECK(
-      kMaxPanelLanes * std::max(source.image_stride, weight.rows * pixels / source.batch) <
+      kMaxPanelLanes * std::max(source_.image_stride, weight.rows * pixels_ / source_.batch) <
           std::numeric_limits<int32_t>::max(),
       "x: images of this size need more than 32-bit offsets; split them");
-  const int64_t stored =
-      weight.sell.slice_height *
-      weight.sell
-          .slice_steps[weight.sell.block_slices[weight.sell.num_sections * weight.sell.num_blocks]];
-  const int64_t threads =
-      stored * pixels < kSerialWork ? 1 : int64_t{torch::stable::get_num_threads()};
-  const int64_t scratch_floats = (weight.sell.block_cols + 1 + weight.rows) * kMaxPanelLanes;
-  const Tensor scratch = new_output({threads, scratch_floats});
-  float* data = float_data(scratch);
-  const auto run = [&](int64_t begin, int64_t end) {
-    for (int64_t part = begin; part < end; ++part) {
-      const Share share = share_of(part, threads, pixels, weight.sell.num_sections);
-      run_share(weight, source, y, epilogue, share, data + part * scratch_floats);
+  parts_ = team.threads_for(stored_values(weight.sell) * pixels_);
+}
+
+int64_t PanelTask::own_floats() const {
+  return (weight_.sell.block_cols + 1 + weight_.rows) * kMaxPanelLanes;
+}
+
+PanelTask::Share PanelTask::share_of(int64_t part) const {
+  const int64_t sections = weight_.sell.num_sections;
+  const int64_t vectors = (pixels_ + kPanelLanes - 1) / kPanelLanes;
+  if (vectors >= parts_ * kMaxPanelVectors || sections < parts_) {
+    return {even_columns(pixels_, part, parts_), {0, sections}};
+  }
+  return {{0, pixels_}, even_range(sections, part, parts_)};
+}
+
+int64_t PanelTask::panels_of(Range pixels) const {
+  const int64_t vectors = (pixels.end - pixels.begin + kPanelLanes - 1) / kPanelLanes;
+  const int64_t most = weight_.kernel->tile_columns / kPanelLanes;
+  return (vectors + most - 1) / most;
+}
+
+Range PanelTask::panel_pixels(Range pixels, int64_t index) const {
+  const int64_t vectors = (pixels.end - pixels.begin + kPanelLanes - 1) / kPanelLanes;
+  const int64_t panels = panels_of(pixels);
+  const int64_t end = pixels.begin + vectors * (index + 1) / panels * kPanelLanes;
+  return {pixels.begin + vectors * index / panels * kPanelLanes, std::min(pixels.end, end)};
+}
+
+void PanelTask::run_panel(Panel panel, int64_t begin, Range sections,
+                          const Operands& operands) const {
+  const int64_t image = point(source_, weight_.rows, begin, operands.x, operands.y, &panel);
+  PanelCall call{weight_.sell, panel, epilogue_, operands.own,
+                 operands.own + (weight_.sell.block_cols + 1) * kMaxPanelLanes};
+  if (operands.residual) {
+    call.epilogue.residual =
+        operands.residual + image * weight_.rows * source_.out_height * source_.out_width;
+  }
+  weight_.kernel->panel(call, sections);
+}
+
+void PanelTask::run(int64_t, int64_t part, const Operands& operands) const {
+  if (pixels_ == 0 || weight_.rows == 0) return;
+  const Share share = share_of(part);
+  const int64_t area = source_.out_height * source_.out_width;
+  const int64_t panels = panels_of(share.pixels);
+  if (!stored_.empty()) {
+    for (int64_t i = 0; i < panels; ++i) {
+      const Range pixels = panel_pixels(share.pixels, i);
+      const Stored& stored = stored_.find({pixels.begin % area, pixels.end - pixels.begin})->second;
+      run_panel(stored.panel, pixels.begin, share.sections, operands);
     }
-  };
-  if (threads == 1) return run(0, 1);
-  torch::stable::parallel_for(0, threads, 1, run);
+    return;
+  }
+  PanelMaker maker(source_, weight_.rows);
+  for (int64_t i = 0; i < panels; ++i) {
+    const Range pixels = panel_pixels(share.pixels, i);
+    run_panel(maker.make(pixels.begin, pixels.end), pixels.begin, share.sections, operands);
+  }
+}
+
+void PanelTask::prepare() {
+  if (pixels_ == 0 || weight_.rows == 0) return;
+  const int64_t area = source_.out_height * source_.out_width;
+  PanelMaker maker(source_, weight_.rows);
+  for (int64_t part = 0; part < parts_; ++part) {
+    const Range all = share_of(part).pixels;
+    for (int64_t i = 0; i < panels_of(all); ++i) {
+      const Range pixels = panel_pixels(all, i);
+      const auto [place, is_new] =
+          stored_.try_emplace({pixels.begin % area, pixels.end - pixels.begin});
+      if (!is_new) continue;
+      const Panel made = maker.make(pixels.begin, pixels.end);
+      Stored& stored = place->second;
+      stored.loads.assign(made.loads, made.loads + made.taps * made.vectors);
+      stored.tap_extra.assign(made.tap_extra, made.tap_extra + made.taps + 1);
+      stored.extra_loads.assign(made.extra_loads, made.extra_loads + made.tap_extra[made.taps]);
+      stored.stores.assign(made.stores, made.stores + made.num_stores);
+      stored.panel = made;
+      stored.panel.loads = stored.loads.data();
+      stored.panel.extra_loads = stored.extra_loads.data();
+      stored.panel.tap_extra = stored.tap_extra.data();
+      stored.panel.stores = stored.stores.data();
+    }
+  }
 }
 
 }  // namespace sparselt

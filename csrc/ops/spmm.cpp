@@ -5,30 +5,55 @@
 
 #include <torch/headeronly/util/Exception.h>
 
+#include "ops/check.h"
 #include "ops/panels.h"
 #include "ops/partition.h"
+#include "ops/run_task.h"
 #include "ops/spmv.h"
 
 namespace sparselt {
+namespace {
 
-void run_spmm(const Weight& weight, const float* x, float* y, int64_t columns,
-              const Epilogue& epilogue) {
+// By an spmm kernel.
+class SpmmTask final : public Task {
+ public:
+  SpmmTask(const Team& team, const Weight& weight, int64_t columns, const Epilogue& epilogue)
+      : weight_(weight),
+        columns_(columns),
+        epilogue_(epilogue),
+        split_(team, weight.view, 1, columns, weight.kernel->tile_columns) {}
+
+  int64_t parts(int64_t) const override { return split_.parts(); }
+
+  void run(int64_t, int64_t part, const Operands& operands) const override {
+    SpmmCall call{weight_.view, operands.x, columns_, operands.y, columns_, columns_, epilogue_};
+    call.epilogue.residual = operands.residual;
+    const Range all{0, stored_rows(weight_.view)};
+    split_.visit(
+        weight_.view, part, [&](int64_t) { return all; },
+        [&](int64_t, Range rows, Range columns) { weight_.kernel->spmm(call, rows, columns); });
+  }
+
+ private:
+  const Weight weight_;
+  const int64_t columns_;
+  const Epilogue epilogue_;
+  const ProductSplit split_;
+};
+
+}  // namespace
+
+TaskPointer make_spmm_task(const Team& team, const Weight& weight, int64_t columns,
+                           const Epilogue& epilogue) {
   if (weight.kernel->panel) {
-    const PanelSource source{x,       1, 0, columns, columns, 1,
-                             columns, 1, 1, columns, false,   {{0, 0, 0}}};
-    return run_panels(weight, source, y, epilogue);
+    const PanelSource source{1, 0, columns, columns, 1, columns, 1, 1, columns, false, {{0, 0, 0}}};
+    return std::make_unique<PanelTask>(team, weight, epilogue, source);
   }
   if (weight.kernel->spmv) {
     const Layout layout{columns, 1};
-    return run_spmv(weight, x, layout, y, layout, columns, epilogue);
+    return make_spmv_task(team, weight, layout, layout, columns, epilogue);
   }
-  const SpmmCall call{weight.view, x, columns, y, columns, columns, epilogue};
-  const Range rows{0, stored_rows(weight.view)};
-  parallel_product(
-      weight.view, 1, columns, weight.kernel->tile_columns, [&](int64_t) { return rows; },
-      [&](int64_t, Range some_rows, Range some_columns) {
-        weight.kernel->spmm(call, some_rows, some_columns);
-      });
+  return std::make_unique<SpmmTask>(team, weight, columns, epilogue);
 }
 
 void spmm_out(Tensor x, Tensor out, Parts parts, Ints meta, OptionalTensor bias,
@@ -42,7 +67,8 @@ void spmm_out(Tensor x, Tensor out, Parts parts, Ints meta, OptionalTensor bias,
   check_output(out, shape);
   const Tensor input = as_float_input(x, "x");
   const HeldEpilogue epilogue = as_epilogue(bias, residual, lower, upper, weight.rows, shape);
-  run_spmm(weight, const_float_data(input), float_data(out), columns, epilogue.pointers);
+  const TaskPointer task = make_spmm_task(torch_team(), weight, columns, epilogue.pointers);
+  run_task(*task, const_float_data(input), epilogue.residual_data(), float_data(out));
 }
 
 Tensor spmm(Tensor x, Parts parts, Ints meta, OptionalTensor bias, OptionalTensor residual,

@@ -1,17 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Lays x out as spmv kernels read it, and shares the sections of the weight out to threads.
+// Lays x out as spmv kernels read it, and shares the sections of the weight out.
 #include "ops/spmv.h"
 
 #include <cstring>
+#include <vector>
 
 #include "ops/partition.h"
 
 namespace sparselt {
 namespace {
-
-// The part of x that a small layer needs fits here, which saves it an allocation.
-constexpr int64_t kStackFloats = 4096;
 
 // Columns of x into `lanes` floats a row, by blocks of the weight's columns; see SpmvCall.
 template <int64_t kLanes>
@@ -30,48 +28,85 @@ void lay_out(const SellView& w, const float* x, Layout layout, int64_t columns, 
   }
 }
 
-void run_sections(const SpmvCall& call, SpmvKernel kernel) {
-  const SellView& w = call.weight;
-  const int64_t sections = w.num_sections;
-  const int64_t steps = w.slice_steps[w.block_slices[sections * w.num_blocks]];
-  const int64_t threads = std::min<int64_t>(sections, torch::stable::get_num_threads());
-  if (threads <= 1 || steps * w.slice_height * call.lanes < kSerialWork) {
-    return kernel(call, {0, sections});
+class SpmvTask final : public Task {
+ public:
+  SpmvTask(const Team& team, const Weight& weight, Layout x_layout, Layout y_layout,
+           int64_t columns, const Epilogue& epilogue)
+      : weight_(weight), x_layout_(x_layout), y_layout_(y_layout), epilogue_(epilogue) {
+    const SellView& w = weight_.sell;
+    const int64_t groups = (columns + kMaxSpmvColumns - 1) / kMaxSpmvColumns;
+    const int64_t rows = w.num_blocks * (w.block_cols + 1);
+    for (int64_t group = 0; group < groups; ++group) {
+      // Even groups: eight columns and one more would pay for sixteen.
+      const Range some = even_range(columns, group, groups);
+      const int64_t count = some.end - some.begin;
+      const int64_t lanes = count == 1 ? 1 : (count <= 4 ? 4 : 8);
+      groups_.push_back({some.begin, count, lanes, floats_});
+      floats_ += whole_lines(rows * lanes);
+    }
+    laying_parts_ = copying_parts(team, groups, groups ? floats_ / groups : 0);
+    const int64_t lanes = groups ? groups_.front().lanes : 0;
+    const int64_t threads = team.threads_for(stored_values(w) * lanes * groups);
+    shares_ = std::max<int64_t>(1, std::min(w.num_sections, threads));
   }
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
-    kernel(call, {sections * begin / threads, sections * end / threads});
-  });
-}
+
+  int64_t stages() const override { return 2; }
+  int64_t parts(int64_t stage) const override { return stage == 0 ? laying_parts_ : shares_; }
+  int64_t shared_floats() const override { return floats_; }
+
+  void run(int64_t stage, int64_t part, const Operands& operands) const override {
+    const SellView& w = weight_.sell;
+    if (stage == 0) {
+      const Range some = even_range(static_cast<int64_t>(groups_.size()), part, laying_parts_);
+      for (int64_t i = some.begin; i < some.end; ++i) {
+        const Group& group = groups_[static_cast<size_t>(i)];
+        const auto copy =
+            group.lanes == 1 ? lay_out<1> : (group.lanes == 4 ? lay_out<4> : lay_out<8>);
+        copy(w, operands.x + group.first * x_layout_.column_stride, x_layout_, group.count,
+             operands.shared + group.offset);
+      }
+      return;
+    }
+    if (weight_.rows == 0) return;
+    for (const Group& group : groups_) {
+      const int64_t first = group.first * y_layout_.column_stride;
+      SpmvCall call{w,
+                    operands.shared + group.offset,
+                    group.lanes,
+                    group.count,
+                    operands.y + first,
+                    y_layout_.row_stride,
+                    y_layout_.column_stride,
+                    epilogue_};
+      if (operands.residual) call.epilogue.residual = operands.residual + first;
+      weight_.kernel->spmv(call, even_range(w.num_sections, part, shares_));
+    }
+  }
+
+ private:
+  // Some columns, and where they are laid out.
+  struct Group {
+    int64_t first;
+    int64_t count;
+    int64_t lanes;
+    int64_t offset;
+  };
+
+  const Weight weight_;
+  const Layout x_layout_;
+  const Layout y_layout_;
+  const Epilogue epilogue_;
+  std::vector<Group> groups_;
+  int64_t floats_ = 0;
+  int64_t laying_parts_ = 1;
+  int64_t shares_ = 1;
+};
 
 }  // namespace
 
-void run_spmv(const Weight& weight, const float* x, Layout x_layout, float* y, Layout y_layout,
-              int64_t columns, const Epilogue& epilogue) {
-  if (weight.rows == 0) return;
-  const SellView& w = weight.sell;
-  const int64_t groups = (columns + kMaxSpmvColumns - 1) / kMaxSpmvColumns;
-  for (int64_t group = 0; group < groups; ++group) {
-    // Even groups: eight columns and one more would pay for sixteen.
-    const int64_t first = columns * group / groups;
-    const int64_t count = columns * (group + 1) / groups - first;
-    const int64_t lanes = count == 1 ? 1 : (count <= 4 ? 4 : 8);
-    const int64_t floats = w.num_blocks * (w.block_cols + 1) * lanes;
-    alignas(64) float on_stack[kStackFloats];
-    const Tensor held = new_output({floats <= kStackFloats ? 0 : floats});
-    float* laid_out = floats <= kStackFloats ? on_stack : float_data(held);
-    const auto copy = lanes == 1 ? lay_out<1> : (lanes == 4 ? lay_out<4> : lay_out<8>);
-    copy(w, x + first * x_layout.column_stride, x_layout, count, laid_out);
-    SpmvCall call{w,
-                  laid_out,
-                  lanes,
-                  count,
-                  y + first * y_layout.column_stride,
-                  y_layout.row_stride,
-                  y_layout.column_stride,
-                  epilogue};
-    if (epilogue.residual) call.epilogue.residual += first * y_layout.column_stride;
-    run_sections(call, weight.kernel->spmv);
-  }
+TaskPointer make_spmv_task(const Team& team, const Weight& weight, Layout x_layout, Layout y_layout,
+                           int64_t columns, const Epilogue& epilogue) {
+  return std::make_unique<SpmvTask>(team, weight, x_layout, y_layout, columns, epilogue);
 }
 
 }  // namespace sparselt

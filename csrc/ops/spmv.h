@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-#include "ops/check.h"
+#include "ops/task.h"
+#include "ops/weight.h"
 
 namespace sparselt {
 
@@ -11,9 +12,9 @@ struct Layout {
   int64_t column_stride;
 };
 
-// y (M, N) = clamp(W x (K, N) + bias + residual) by a spmv kernel, up to 8 columns at a time, on
-// torch's threads. The residual is laid out as y; of one column the row strides are 1.
-void run_spmv(const Weight& weight, const float* x, Layout x_layout, float* y, Layout y_layout,
-              int64_t columns, const Epilogue& epilogue);
+// y (M, N) = clamp(W x (K, N) + bias + residual) by a spmv kernel, up to 8 columns at a time. The
+// residual is laid out as y; of one column the row strides are 1.
+TaskPointer make_spmv_task(const Team& team, const Weight& weight, Layout x_layout, Layout y_layout,
+                           int64_t columns, const Epilogue& epilogue);
 
 }  // namespace sparselt

@@ -172,14 +172,15 @@ void run_panel_convolution(const KernelInfo& kernel, const Convolution& conv, Ed
       sparselt::cut_row(w, phase, conv.x.data() + row * w.size, planes.data() + to * pitch);
     }
   }
-  const sparselt::PanelSource source = sparselt::conv_panel_source(
-      conv.geometry, conv.shape.batch, conv.shape.channels, planes.data());
+  const sparselt::PanelSource source =
+      sparselt::conv_panel_source(conv.geometry, conv.shape.batch, conv.shape.channels);
   Guarded<float> y(expected.values.size(), edge);
   Guarded<float> y_cut(expected.values.size(), edge);
   const HeldEnding ending = hold_ending(conv.ending, edge);
-  run_panels(kernel, weight.view, source, y.data(), ending.pointers, edge, nullptr);
+  run_panels(kernel, weight.view, source, planes.data(), y.data(), ending.pointers, edge, nullptr);
   expect_right(expected, y.data());
-  run_panels(kernel, weight.view, source, y_cut.data(), ending.pointers, edge, &random);
+  run_panels(kernel, weight.view, source, planes.data(), y_cut.data(), ending.pointers, edge,
+             &random);
   expect_same(y, y_cut);
   expect_intact(planes.intact() && y.intact() && y_cut.intact() && weight.intact() &&
                 ending.intact());

@@ -80,8 +80,8 @@ HeldEnding hold_ending(const Ending& ending, Edge edge) {
 }
 
 void run_panels(const KernelInfo& kernel, const SellView& weight,
-                const sparselt::PanelSource& source, float* y, const Epilogue& epilogue, Edge edge,
-                Generator* random) {
+                const sparselt::PanelSource& source, const float* x, float* y,
+                const Epilogue& epilogue, Edge edge, Generator* random) {
   const int64_t area = source.out_height * source.out_width;
   const int64_t pixels = source.batch * area;
   sparselt::PanelMaker maker(source, weight.rows);
@@ -89,8 +89,8 @@ void run_panels(const KernelInfo& kernel, const SellView& weight,
     const int64_t lanes =
         random ? 1 + random_below(*random, kernel.tile_columns) : kernel.tile_columns;
     end = std::min(pixels, begin + lanes);
-    int64_t image = 0;
-    const sparselt::Panel panel = maker.make(begin, end, y, &image);
+    sparselt::Panel panel = maker.make(begin, end);
+    const int64_t image = sparselt::point(source, weight.rows, begin, x, y, &panel);
     const int64_t width = int64_t{panel.vectors} * sparselt::kPanelLanes;
     Guarded<float> x_block(static_cast<size_t>((weight.block_cols + 1) * width), edge);
     Guarded<float> sums(static_cast<size_t>(weight.rows * width), edge);

@@ -48,8 +48,8 @@ HeldEnding hold_ending(const Ending& ending, Edge edge);
 // The whole product by a panel kernel; with `random` cut into panels of any width, a section at a
 // time.
 void run_panels(const KernelInfo& kernel, const SellView& weight,
-                const sparselt::PanelSource& source, float* y, const Epilogue& epilogue, Edge edge,
-                Generator* random);
+                const sparselt::PanelSource& source, const float* x, float* y,
+                const Epilogue& epilogue, Edge edge, Generator* random);
 
 // The slice height that the kernel reads, or any where it reads all.
 int64_t slice_height(const KernelInfo& kernel, int64_t variant);

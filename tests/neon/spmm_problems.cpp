@@ -108,11 +108,11 @@ void run_panel_product(const KernelInfo& kernel, const Product& product, Edge ed
   Guarded<float> y_cut(expected.values.size(), edge);
   const HeldEnding ending = hold_ending(product.ending, edge);
   const int64_t columns = product.columns;
-  const sparselt::PanelSource source{x.data(), 1, 0, columns, columns, 1,
-                                     columns,  1, 1, columns, false,   {{0, 0, 0}}};
-  run_panels(kernel, weight.view, source, y.data(), ending.pointers, edge, nullptr);
+  const sparselt::PanelSource source{1, 0, columns, columns, 1,          columns,
+                                     1, 1, columns, false,   {{0, 0, 0}}};
+  run_panels(kernel, weight.view, source, x.data(), y.data(), ending.pointers, edge, nullptr);
   expect_right(expected, y.data());
-  run_panels(kernel, weight.view, source, y_cut.data(), ending.pointers, edge, &random);
+  run_panels(kernel, weight.view, source, x.data(), y_cut.data(), ending.pointers, edge, &random);
   expect_same(y, y_cut);
   expect_intact(x.intact() && y.intact() && y_cut.intact() && weight.intact() && ending.intact());
 }

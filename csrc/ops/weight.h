@@ -1,0 +1,17 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include "registry.h"
+
+namespace sparselt {
+
+// A kernel, and the weight as it sees it. Points into arrays that its maker keeps alive.
+struct Weight {
+  const KernelInfo* kernel;
+  int64_t rows;
+  int64_t cols;
+  SparseView view;  // of csr and bsr
+  SellView sell;    // of sell
+};
+
+}  // namespace sparselt
