@@ -21,6 +21,9 @@ STABLE_TORCH_LIBRARY(sparselt, m) {
   m.def("conv2d(Tensor x, " SPARSELT_WEIGHT ", " SPARSELT_CONV ", " SPARSELT_CLAMP ") -> Tensor");
   m.def("conv2d_out(Tensor x, Tensor(a!) out, " SPARSELT_WEIGHT ", " SPARSELT_CONV
         ", " SPARSELT_CLAMP ") -> ()");
+  m.def(
+      "depthwise_conv2d(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, int[] stride, "
+      "int[] padding, int[] dilation, " SPARSELT_CLAMP ") -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(sparselt, CPU, m) {
@@ -29,6 +32,7 @@ STABLE_TORCH_LIBRARY_IMPL(sparselt, CPU, m) {
   m.impl("linear", TORCH_BOX(&sparselt::linear));
   m.impl("conv2d", TORCH_BOX(&sparselt::conv2d));
   m.impl("conv2d_out", TORCH_BOX(&sparselt::conv2d_out));
+  m.impl("depthwise_conv2d", TORCH_BOX(&sparselt::depthwise_conv2d));
 }
 
 namespace sparselt {

@@ -136,15 +136,41 @@ struct SpmvCall {
   Epilogue epilogue;
 };
 
+// One direction of a window that slides over an image.
+struct WindowAxis {
+  int64_t size;  // of x
+  int64_t kernel;
+  int64_t stride;
+  int64_t padding;
+  int64_t dilation;
+  int64_t out;
+};
+
+// A depthwise convolution, of dense weights: plane i of y is channel i / multiplier of x, counted
+// over all images, under the taps of filter i % filters.
+constexpr int64_t kMaxDepthwiseTaps = 32;
+struct DepthwiseCall {
+  const float* x;       // (batch, filters / multiplier, h.size, w.size)
+  const float* weight;  // (filters, h.kernel, w.kernel); w.kernel is at most kMaxDepthwiseTaps
+  int64_t filters;
+  int64_t multiplier;
+  WindowAxis h;
+  WindowAxis w;
+  float* y;  // (batch, filters, h.out, w.out)
+  Epilogue epilogue;
+};
+
 // `rows` counts stored (block) rows; `columns` matrix columns; `pixels` flat pixels as above;
-// `sections` those of SELL.
+// `sections` those of SELL; `planes` channels of all images.
 using PanelKernel = void (*)(const PanelCall& call, Range sections);
 using SpmvKernel = void (*)(const SpmvCall& call, Range sections);
 using SpmmKernel = void (*)(const SpmmCall& call, Range rows, Range columns);
 using Conv2dKernel = void (*)(const Conv2dCall& call, Range rows, Range pixels);
+using DepthwiseKernel = void (*)(const DepthwiseCall& call, Range planes);
 
 #define KERNEL_SIGNATURE_panel const PanelCall &call, Range sections
 #define KERNEL_SIGNATURE_spmv const SpmvCall &call, Range sections
+#define KERNEL_SIGNATURE_depthwise const DepthwiseCall &call, Range planes
 #define KERNEL_SIGNATURE_spmm const SpmmCall &call, Range rows, Range columns
 #define KERNEL_SIGNATURE_conv2d const Conv2dCall &call, Range rows, Range pixels
 #define KERNEL_DECLARE_cpu(name, op) void name(KERNEL_SIGNATURE_##op);
@@ -158,6 +184,7 @@ namespace cpu {
 #undef KERNEL_DECLARE_cpu
 #undef KERNEL_SIGNATURE_conv2d
 #undef KERNEL_SIGNATURE_spmm
+#undef KERNEL_SIGNATURE_depthwise
 #undef KERNEL_SIGNATURE_spmv
 #undef KERNEL_SIGNATURE_panel
 

@@ -12,19 +12,31 @@ struct KernelFunction {
   PanelKernel panel = nullptr;
   Conv2dKernel conv2d = nullptr;
   SpmvKernel spmv = nullptr;
+  DepthwiseKernel depthwise = nullptr;
   KernelFunction() = default;
   explicit KernelFunction(SpmmKernel function) : spmm(function) {}
   explicit KernelFunction(PanelKernel function) : panel(function) {}
   explicit KernelFunction(Conv2dKernel function) : conv2d(function) {}
   explicit KernelFunction(SpmvKernel function) : spmv(function) {}
+  explicit KernelFunction(DepthwiseKernel function) : depthwise(function) {}
 };
 
 KernelInfo make_info(std::string_view name, std::string_view op, std::string_view format,
                      std::string_view device, Isa isa, int tile_rows, int tile_columns,
                      std::string_view dtype, KernelFunction function) {
-  return {name,           op,           format, device,        isa,
-          tile_rows,      tile_columns, dtype,  function.spmm, function.conv2d,
-          function.panel, function.spmv};
+  return {name,
+          op,
+          format,
+          device,
+          isa,
+          tile_rows,
+          tile_columns,
+          dtype,
+          function.spmm,
+          function.conv2d,
+          function.panel,
+          function.spmv,
+          function.depthwise};
 }
 
 // A kernel for another architecture, or for CUDA, is listed here but not built into this module.

@@ -25,6 +25,7 @@ struct KernelInfo {
   Conv2dKernel conv2d;  // null unless op is "conv2d" and device is "cpu"
   PanelKernel panel;    // null unless op is "panel" (serves spmm and conv2d) and device is "cpu"
   SpmvKernel spmv;      // null unless op is "spmv" (serves spmm) and device is "cpu"
+  DepthwiseKernel depthwise;  // null unless op is "depthwise" and device is "cpu"
 };
 
 // In the order of kernels.inc.

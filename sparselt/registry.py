@@ -14,9 +14,9 @@ class KernelInfo:
 
     Attributes:
         name: the kernel's one name, for example "csr_spmm_avx2".
-        op: "spmm", "conv2d", "panel" for a kernel that serves both, or "spmv" for one that serves
-            spmm where there are few columns.
-        format: the weight format it reads, a key of `sparselt.formats.FORMATS`.
+        op: "spmm", "conv2d", "panel" for a kernel that serves both, "spmv" for one that serves
+            spmm where there are few columns, or "depthwise".
+        format: the weight format it reads, a key of `sparselt.formats.FORMATS`, or "dense".
         device: "cpu" or "cuda".
         features: CPU features it needs.
         tile_rows: output rows computed together; of a kernel for SELL, the slice height it reads

@@ -74,6 +74,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "packed": BASE | {"formats"},
     "extension": BASE | {"registry", "_C", "_C_cuda"},
     "ops": DATA | {"extension"},
+    "neighbours": BASE | {"extension"},
     "facts": DATA | {"packed", "ops"},
     "nn": DATA | {"packed", "ops", "facts"},
     "tune": LAYER,

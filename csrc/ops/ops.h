@@ -45,4 +45,10 @@ void conv2d_out(Tensor x, Tensor out, Parts parts, Ints meta, OptionalTensor bia
                 OptionalTensor residual, Ints stride, Ints padding, Ints dilation, int64_t groups,
                 OptionalBound lower, OptionalBound upper, std::string kernel);
 
+// A depthwise convolution of a dense weight (C * multiplier, 1, R, S) and x (B, C, H, W) -> (B, C *
+// multiplier, P, Q): a neighbour of sparse layers that torch runs slowly on contiguous images.
+Tensor depthwise_conv2d(Tensor x, Tensor weight, OptionalTensor bias, OptionalTensor residual,
+                        Ints stride, Ints padding, Ints dilation, OptionalBound lower,
+                        OptionalBound upper, std::string kernel);
+
 }  // namespace sparselt
