@@ -6,9 +6,11 @@ The only module that imports ``sparselt._C``: importing it registers ``torch.ops
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 from collections.abc import Callable, Sequence
 from functools import cache
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -31,7 +33,7 @@ except ImportError as _error:
 if importlib.util.find_spec("sparselt._C_cuda") is not None:
     importlib.import_module("sparselt._C_cuda")
 
-__all__ = ["check_kernel", "conv_shape", "isa", "kernels"]
+__all__ = ["build_id", "check_kernel", "conv_shape", "isa", "kernels"]
 
 
 @cache
@@ -52,6 +54,17 @@ def isa() -> str:
     names when sparselt is first imported.
     """
     return _C.isa()
+
+
+@cache
+def build_id() -> str:
+    """A hash of the compiled modules: kernels of the same name differ from build to build."""
+    digest = hashlib.sha256()
+    for name in ("sparselt._C", "sparselt._C_cuda"):
+        spec = importlib.util.find_spec(name)
+        if spec is not None and spec.origin is not None:
+            digest.update(Path(spec.origin).read_bytes())
+    return digest.hexdigest()[:32]
 
 
 # Operations and formats that some kernel of this machine runs. A constant, not a cached function:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -29,9 +28,9 @@ from sparselt.family import Bucket, Family
 from sparselt.graph_text import GraphTextError, read_graph, read_structure, text_of, write_structure
 from sparselt.plan import DENSE, Plan
 from sparselt.tickets.file import pack_bits, read_safetensors, replace_file, unpack_bits
-from sparselt.tune import cache_bytes
+from sparselt.tune import machine
 
-__all__ = ["FORMAT", "VERSION", "Loaded", "machine", "read_program", "write_program"]
+__all__ = ["FORMAT", "VERSION", "Loaded", "read_program", "write_program"]
 
 FORMAT = "sparselt.program"
 VERSION = "1"
@@ -55,25 +54,6 @@ class Loaded:
     captured: Captured
     plans: dict[Bucket, dict[str, Plan]] = field(default_factory=dict)
     seen: list[list[tuple[int, ...] | None]] = field(default_factory=list)
-
-
-def machine() -> dict[str, Any]:
-    """What measured plans depend on: CPU, caches, kernels, threads, and torch's version."""
-    name = platform.processor() or platform.machine()
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        name = next(
-            (x.partition(":")[2].strip() for x in lines if x.startswith("model name")), name
-        )
-    except OSError:
-        pass
-    return {
-        "cpu": name,
-        "second-level cache": cache_bytes(),
-        "kernels": [kernel.name for kernel in ops.kernels() if kernel.usable],
-        "threads": torch.get_num_threads(),
-        "torch": str(torch.__version__),
-    }
 
 
 def write_program(path: Path, families: Sequence[Family], title: str) -> None:

@@ -5,6 +5,9 @@ A layer is timed as its network will meet it. Candidates take turns, so that a c
 machine's speed meets all of them alike, and the median of each counts. Where the network's weights
 together exceed the second-level cache, they are cold at every call: before each timed call a
 buffer larger than that cache is read, and then the input, which the layer before has just written.
+
+Times are kept on disk (`sparselt.tune_cache`) under everything that they depend on: machine, build,
+threads, and the layer's shape, density, pattern and input. Those that were disturbed are not kept.
 """
 
 from __future__ import annotations
@@ -12,20 +15,26 @@ from __future__ import annotations
 import copy
 import math
 import os
+import platform
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sparselt import ops
+from sparselt.extension import build_id
 from sparselt.facts import facts_of, forced_kernel
 from sparselt.nn import SPARSE_LAYERS, SparseLayer
 from sparselt.plan import DENSE, Candidate, Facts, KernelInfo, Plan, candidates, choose
+from sparselt.tune_cache import TimesCache
 
-__all__ = ["Tuner", "cache_bytes", "measure"]
+__all__ = ["Tuner", "cache_bytes", "machine", "measure"]
 
 # Rounds and time spent on the candidates of one layer.
 _BUDGET_MS = 6.0
@@ -37,17 +46,45 @@ _PATIENCE = 4
 _STEADY = 1.3
 # A candidate that is not faster by this share does not replace what there is.
 _MARGIN = 0.05
+# Densities within 5 % of each other are one kind of layer.
+_KINDS_A_FACTOR_OF_E = 20
+_ROWS_SAMPLED = 128
 # From this length of a call on, its spread is small against it and fewer rounds do.
 _LONG_CALL_US = 3000.0
 
 
+@cache
 def cache_bytes() -> int:
     """Bytes of one core's second-level cache; 1 MiB where the system does not tell."""
+    for folder in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
+        try:
+            level, size = ((folder / name).read_text().strip() for name in ("level", "size"))
+        except OSError:
+            continue
+        if level == "2" and size.endswith("K") and size[:-1].isdigit():
+            return int(size[:-1]) << 10
+    return 1 << 20
+
+
+@cache
+def _cpu_name() -> str:
+    name = platform.processor() or platform.machine()
     try:
-        size = os.sysconf("SC_LEVEL2_CACHE_SIZE")
-    except (AttributeError, OSError, ValueError):
-        size = 0
-    return size if size > 0 else 1 << 20
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return name
+    return next((x.partition(":")[2].strip() for x in lines if x.startswith("model name")), name)
+
+
+def machine() -> dict[str, Any]:
+    """What measured plans depend on: CPU, caches, kernels, threads, and torch's version."""
+    return {
+        "cpu": _cpu_name(),
+        "second-level cache": cache_bytes(),
+        "kernels": [kernel.name for kernel in ops.kernels() if kernel.usable],
+        "threads": torch.get_num_threads(),
+        "torch": str(torch.__version__),
+    }
 
 
 def measure(
@@ -56,6 +93,7 @@ def measure(
     prepare: Callable[[], object] | None = None,
     finish: Callable[[], object] | None = None,
     budget_ms: float = _BUDGET_MS,
+    spent: dict[str, list[float]] | None = None,
 ) -> dict[str, float]:
     """Times several calls in turns, under inference mode and at torch's current thread count.
 
@@ -66,6 +104,7 @@ def measure(
         budget_ms: timed milliseconds to spend on all calls together, up to four times as many
             where the times scatter too much to tell which is best. At least three rounds are run,
             two where a call takes milliseconds, five where the times scatter, and at most forty.
+        spent: filled with the microseconds of every single call, by name.
 
     Returns:
         The median microseconds of each call, by name.
@@ -74,7 +113,8 @@ def measure(
         >>> sorted(measure({"a": lambda: None, "b": lambda: None}))
         ['a', 'b']
     """
-    spent: dict[str, list[float]] = {name: [] for name in calls}
+    spent = {} if spent is None else spent
+    spent.update({name: [] for name in calls})
     order = list(calls.items())
     with torch.inference_mode():
         for _, call in order:
@@ -129,6 +169,8 @@ class Tuner:
         self.format = format
         self.cold = weight_bytes > cache_bytes()
         self._times: dict[tuple[object, ...], dict[str, float]] = {}
+        self._cache = TimesCache()
+        self._recalled: set[tuple[object, ...]] = set()
         self._flush = torch.empty(0)
         if self.cold:
             # Each thread reads its share, which must displace all of its core's cache.
@@ -160,10 +202,15 @@ class Tuner:
             facts = replace(facts, block=(4, 1))
         kernels, forced = ops.kernels(), forced_kernel()
         pool = self._worth_timing(candidates(facts, kernels), kernels)
-        times = None
-        if inputs and pool and facts.density < 1 and not forced and self.format != DENSE:
-            times = self._time(module, mask, facts, pool, inputs)
-        return choose(facts, kernels, times, format=self.format, forced=forced)
+        if not inputs or not pool or facts.density == 1 or forced or self.format == DENSE:
+            return choose(facts, kernels, None, format=self.format, forced=forced)
+        key = self._key(module, facts, kept, inputs)
+        if key not in self._times:
+            self._times[key] = self._recall_or_time(key, module, mask, pool, inputs)
+        plan = choose(facts, kernels, self._times[key], format=self.format)
+        if key in self._recalled:
+            plan = replace(plan, reason=f"{plan.reason}, from the cache")
+        return plan
 
     @property
     def is_forced(self) -> bool:
@@ -212,34 +259,68 @@ class Tuner:
             first[item.format, info.op, differs] = item
         return list(first.values())
 
+    def _key(
+        self, module: nn.Module, facts: Facts, kept: Tensor, inputs: Sequence[Tensor]
+    ) -> tuple[object, ...]:
+        """Everything that a layer's times depend on. Layers that differ by little are one kind."""
+        geometry = [getattr(module, name, None) for name in ("stride", "padding", "dilation")]
+        pattern = (round(_KINDS_A_FACTOR_OF_E * math.log(max(facts.density, 1e-9))), _spread(kept))
+        shapes = tuple((tuple(x.shape), x.stride()) for x in inputs)
+        bias = module.bias is not None
+        return (
+            replace(facts, nnz=0),
+            pattern,
+            str(geometry),
+            bias,
+            shapes,
+            self.format,
+            self.cold,
+            torch.get_num_threads(),
+        )
+
+    def _recall_or_time(
+        self,
+        key: tuple[object, ...],
+        module: nn.Module,
+        mask: Tensor | None,
+        pool: list[Candidate],
+        inputs: Sequence[Tensor],
+    ) -> dict[str, float]:
+        """The times of another process, where they were kept; else those measured now."""
+        gpu = torch.cuda.get_device_name(inputs[0].device) if inputs[0].is_cuda else ""
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0
+        place = repr((machine(), ops.isa(), build_id(), cores, gpu, key))
+        times = self._cache.get(place, [DENSE, *(c.kernel for c in pool)])
+        if times is not None:
+            self._recalled.add(key)
+            return times
+        times, settled = self._time(module, mask, pool, inputs)
+        if settled:
+            self._cache.put(place, times)
+        return times
+
     def _time(
         self,
         module: nn.Module,
         mask: Tensor | None,
-        facts: Facts,
         pool: list[Candidate],
         inputs: Sequence[Tensor],
-    ) -> dict[str, float]:
-        geometry = [getattr(module, name, None) for name in ("stride", "padding", "dilation")]
-        # Layers that differ by a few nonzeros are one kind.
-        rounded = round(facts.density, 2)
-        shapes = tuple((tuple(x.shape), x.stride()) for x in inputs)
-        key = (replace(facts, nnz=0), rounded, str(geometry), shapes, torch.get_num_threads())
-        if key not in self._times:
-            total = dict.fromkeys([DENSE, *(c.kernel for c in pool)], 0.0)
-            layers = {(c.format, c.block): _layer(module, mask, c) for c in pool}
-            for x in inputs:
-                calls: dict[str, Callable[[], object]] = {DENSE: _dense_call(module, x)}
-                for item in pool:
-                    calls[item.kernel] = _sparse_call(
-                        layers[item.format, item.block], item.kernel, x
-                    )
-                prepare = self._cool(x) if self.cold and x.is_cpu else None
-                finish = torch.cuda.synchronize if x.is_cuda else None
-                for name, us in measure(calls, prepare=prepare, finish=finish).items():
-                    total[name] += us
-            self._times[key] = total
-        return self._times[key]
+    ) -> tuple[dict[str, float], bool]:
+        """The times of all candidates, dense included, and whether they are to be trusted."""
+        total = dict.fromkeys([DENSE, *(c.kernel for c in pool)], 0.0)
+        layers = {(c.format, c.block): _layer(module, mask, c) for c in pool}
+        settled = True
+        for x in inputs:
+            calls: dict[str, Callable[[], object]] = {DENSE: _dense_call(module, x)}
+            for item in pool:
+                calls[item.kernel] = _sparse_call(layers[item.format, item.block], item.kernel, x)
+            prepare = self._cool(x) if self.cold and x.is_cpu else None
+            finish = torch.cuda.synchronize if x.is_cuda else None
+            spent: dict[str, list[float]] = {}
+            for name, us in measure(calls, prepare=prepare, finish=finish, spent=spent).items():
+                total[name] += us
+            settled = settled and _is_settled(list(spent.values()))
+        return total, settled
 
     def _cool(self, x: Tensor) -> Callable[[], object]:
         def prepare() -> None:
@@ -247,6 +328,12 @@ class Tuner:
             x.sum()
 
         return prepare
+
+
+def _spread(kept: Tensor) -> float:
+    """Standard deviation of the rows' kept weights over their mean, roughly."""
+    rows = kept.flatten(1)[:: max(1, kept.shape[0] // _ROWS_SAMPLED)].count_nonzero(1).double()
+    return round(float(rows.std(correction=0) / rows.mean()), 1) if rows.any() else 0.0
 
 
 def _columns(module: nn.Module, inputs: Sequence[Tensor]) -> int | None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from typing import TypeAlias
 
@@ -13,6 +14,8 @@ THREADS = 2
 
 Recorder: TypeAlias = Callable[[str, object], None]
 
+_counter = itertools.count()
+
 
 @pytest.fixture(autouse=True)
 def fixed_threads() -> Iterator[None]:
@@ -20,6 +23,13 @@ def fixed_threads() -> Iterator[None]:
     torch.set_num_threads(THREADS)
     yield
     torch.set_num_threads(THREADS)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Give every test a cache of measured times of its own, and leave the user's alone."""
+    folder = tmp_path_factory.getbasetemp() / "caches" / str(next(_counter))
+    monkeypatch.setenv("SPARSELT_CACHE", str(folder))
 
 
 @pytest.fixture(autouse=True)

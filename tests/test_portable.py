@@ -61,6 +61,7 @@ def test_a_loaded_program_computes_what_the_model_does(tmp_path, name):
 def test_the_saved_choices_run_on_the_same_machine_and_are_made_anew_elsewhere(
     tmp_path, monkeypatch
 ):
+    monkeypatch.setenv("SPARSELT_CACHE", "0")
     _, file = saved(tmp_path)
     timed = []
     monkeypatch.setattr(

@@ -38,6 +38,7 @@ _PACKAGES = ("torch", "numpy", "scipy", "onnxruntime", "openvino")
 _ENVIRONMENT = (
     "SPARSELT_ISA",
     "SPARSELT_KERNEL",
+    "SPARSELT_CACHE",
     "OMP_NUM_THREADS",
     "MKL_NUM_THREADS",
     "OMP_WAIT_POLICY",
