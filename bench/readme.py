@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from sparselt import quickstart
-from sparselt.measure import report
+from sparselt.measure import report, table
 from sparselt.measure.machine import one_line
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -23,19 +23,26 @@ PICTURE = ROOT / "docs" / "images" / "quickstart.png"
 def quickstart_table(result: dict[str, Any]) -> str:
     """The quickstart's table, its sentences, and the machine."""
     rows = result["rows"]
-    table = report.markdown(quickstart.columns(rows), quickstart.table_rows(rows))
+    text = report.markdown(quickstart.columns(rows), quickstart.table_rows(rows))
     sentences = "\n".join(
         f"  - {line.strip()}" if line.startswith(" ") else f"- {line}"
         for line in quickstart.verdicts(result)
     )
-    indented = table.replace("|   ", "| &nbsp;&nbsp;")
+    indented = text.replace("|   ", "| &nbsp;&nbsp;")
     return f"{indented}\n\n{sentences}\n\nMachine: {one_line(result['machine'])}."
 
 
 def kernel_table(result: dict[str, Any]) -> str:
     """One matrix product on every kernel and library."""
-    table = report.markdown(report.LAYER_COLUMNS, result["rows"])
-    return f"{table}\n\nMachine: {one_line(result['machine'])}. Command: `{command(result)}`."
+    text = report.markdown(report.LAYER_COLUMNS, result["rows"])
+    return f"{text}\n\nMachine: {one_line(result['machine'])}. Command: `{command(result)}`."
+
+
+def networks_table(result: dict[str, Any]) -> str:
+    """Whole networks against the fastest dense engine of each."""
+    text = report.markdown(table.TABLE_COLUMNS, table.summary(result))
+    missing = " ".join(f"{sentence}." for sentence in table.absent(result))
+    return f"{text}\n\nMachine: {one_line(result['machine'])}. {missing}".rstrip()
 
 
 def command(result: dict[str, Any]) -> str:
@@ -43,13 +50,15 @@ def command(result: dict[str, Any]) -> str:
     return str(result["machine"]["command"])
 
 
-TABLES = {"quickstart": quickstart_table, "kernel": kernel_table}
+TABLES = {"quickstart": quickstart_table, "kernel": kernel_table, "networks": networks_table}
 
 
 def filled(text: str) -> str:
-    """The README's text with every table written anew."""
+    """The README's text with every table written anew of which there is a committed result."""
     for name, write in TABLES.items():
-        text = report.fill_markers(text, name, write(report.read_json(RESULTS / f"{name}.json")))
+        file = RESULTS / f"{name}.json"
+        if file.exists():
+            text = report.fill_markers(text, name, write(report.read_json(file)))
     return text
 
 

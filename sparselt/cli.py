@@ -127,7 +127,9 @@ def _bench(commands: Any) -> None:
         _run_bench_model,
         "time a whole network, every engine in its own process, outputs checked first",
     )
-    model.add_argument("network", help="lenet, mlp, resnet20, vgg19, resnet50, or file.py:function")
+    model.add_argument(
+        "network", help="lenet, mlp, resnet20, vgg19, resnet50, file.py:function, or all: the table"
+    )
     model.add_argument("--ticket", metavar="FILE", help="weights to load, of any readable format")
     model.add_argument(
         "--density", type=float, default=0.1, help="random zeros without a ticket (default: 0.1)"
@@ -135,7 +137,11 @@ def _bench(commands: Any) -> None:
     model.add_argument("--batch", type=_positive, nargs="+", default=[1], metavar="N")
     model.add_argument("--input", metavar="C,H,W", help="shape of one input, without the batch")
     model.add_argument("--engines", metavar="A,B", help="default: all that are installed")
-    model.add_argument("--rounds", type=_positive, default=10, help="turns (default: 10)")
+    model.add_argument("--rounds", type=_positive, help="turns (default: 10; of the table 8)")
+    table = model.add_argument_group("all: every network, batch and share of zeros")
+    table.add_argument("--only", nargs="+", default=[], metavar="NAME", help="as vgg19 or vgg19@64")
+    table.add_argument("--quick", action="store_true", help="one share of zeros and three rounds")
+    table.add_argument("--resume", action="store_true", help="go on with what --json FILE holds")
     _threads(model)
     layers = _command(
         kinds, "layers", _run_bench_layers, "time the layers of a known network, kernel by kernel"
@@ -181,14 +187,15 @@ def _sizes(word: str, separator: str, count: int | None, option: str) -> tuple[i
     return tuple(int(part) for part in parts)
 
 
-def _console() -> Console:
+def _console(least_width: int = 0) -> Console:
     from rich.console import Console
 
-    return Console()
+    console = Console()
+    return Console(width=max(console.width, least_width))
 
 
-def _show(*parts: RenderableType) -> None:
-    console = _console()
+def _show(*parts: RenderableType, least_width: int = 0) -> None:
+    console = _console(least_width)
     for part in parts:
         console.print(part, highlight=False)
 
@@ -256,7 +263,34 @@ def _run_convert(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _run_bench_table(arguments: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from sparselt.measure import report, table
+    from sparselt.measure.machine import one_line
+
+    cases = table.chosen_cases(arguments.only, arguments.quick)
+    with Progress(console=Console(stderr=True)) as bar:
+        task = bar.add_task("starting", total=len(cases))
+        result = table.bench_table(
+            cases,
+            path=arguments.json,
+            resume=arguments.resume,
+            rounds=arguments.rounds or (3 if arguments.quick else 8),
+            threads=arguments.threads,
+            engines=arguments.engines.split(",") if arguments.engines else None,
+            progress=lambda done, text: bar.update(task, completed=done, description=text),
+        )
+    caption = "\n".join([*table.absent(result), one_line(result["machine"])])
+    lines = table.summary(result)
+    _show(report.rich_table("", table.TABLE_COLUMNS, lines, caption), least_width=140)
+    return _failed(result)
+
+
 def _run_bench_model(arguments: argparse.Namespace) -> int:
+    if arguments.network == "all":
+        return _run_bench_table(arguments)
     from sparselt import lottery
     from sparselt.measure import model, networks, report
 
@@ -275,7 +309,7 @@ def _run_bench_model(arguments: argparse.Namespace) -> int:
                 inputs,
                 engines,
                 name=arguments.network,
-                rounds=arguments.rounds,
+                rounds=arguments.rounds or 10,
                 threads=arguments.threads,
                 progress=progress,
             )

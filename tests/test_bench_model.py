@@ -152,15 +152,38 @@ def test_reference_falls_back_to_float32_and_says_so() -> None:
     assert outputs[0].dtype == torch.float64
 
 
-@pytest.mark.parametrize("name", sorted(set(networks.NETWORKS) - {"resnet50"}))
+@pytest.mark.parametrize("name", sorted(set(networks.NETWORKS) - {"resnet50", "resnet50_dlmc"}))
 def test_named_networks_have_the_density_asked_for_and_run(name: str) -> None:
     built = networks.pruned_network(name, density=0.1)
-    density = model._prunable_density(built.model)[1]
-    assert density == pytest.approx(0.1, abs=0.003)
+    for layer in built.model.modules():
+        if isinstance(layer, (nn.Linear, nn.Conv1d, nn.Conv2d)):
+            size, count = layer.weight.numel(), int(layer.weight.count_nonzero())
+            # First and depthwise convolutions stay whole.
+            few = not isinstance(layer, nn.Linear) and layer.in_channels // layer.groups <= 4
+            assert count == (size if few else round(0.1 * size))
     with torch.no_grad():
         y = built.model(networks.example_inputs(built.shape, 2))
     assert y.shape[0] == 2
     assert torch.isfinite(y).all()
+
+
+def test_real_masks_are_those_of_the_collection() -> None:
+    if not os.environ.get("SPARSELT_DATA"):
+        pytest.skip("SPARSELT_DATA names no folder with the Deep Learning Matrix Collection")
+    model = networks.pruned_network("resnet50_dlmc", density=0.1).model
+    folder = Path(os.environ["SPARSELT_DATA"]) / "dlmc" / "rn50" / "magnitude_pruning" / "0.9"
+    stored = sorted(
+        int(file.read_text(encoding="ascii").split("\n", 1)[0].split(",")[2])
+        for file in folder.glob("*.smtx")
+    )
+    found = [m for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
+    assert sorted(int(layer.weight.count_nonzero()) for layer in found) == stored
+
+
+def test_real_masks_that_are_not_there_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SPARSELT_DATA", raising=False)
+    with pytest.raises(DataError, match="SPARSELT_DATA"):
+        networks.pruned_network("resnet50_dlmc")
 
 
 @pytest.mark.parametrize(("name", "parameters"), [("lenet", 266_610), ("resnet50", 25_557_032)])

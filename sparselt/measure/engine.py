@@ -40,6 +40,11 @@ class Engine:
             start_new_session=True,
         )
 
+    @property
+    def process(self) -> int:
+        """The id of the worker process."""
+        return self._process.pid
+
     def __enter__(self) -> Engine:
         return self
 

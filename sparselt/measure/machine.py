@@ -10,11 +10,12 @@ import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-__all__ = ["cache_bytes", "command_line", "header", "is_busy", "one_line", "torch_isa"]
+__all__ = ["Others", "cache_bytes", "command_line", "header", "is_busy", "one_line", "torch_isa"]
 
 _FLAGS = (
     "avx",
@@ -203,18 +204,47 @@ def _busy_cores(seconds: float = 0.25) -> float | None:
 
     Not the load average, which a build or a training that has just ended still fills.
     """
-
-    def ticks() -> list[int]:
-        first = _read("/proc/stat").splitlines()[:1]
-        return [int(field) for field in first[0].split()[1:]] if first else []
-
-    before = ticks()
+    others = Others()
     time.sleep(seconds)
-    spent = [b - a for a, b in zip(before, ticks(), strict=True)]
-    if len(spent) < 5 or sum(spent) == 0:
-        return None
-    idle = spent[3] + spent[4]  # idle, and waiting for a disk
-    return round((1 - idle / sum(spent)) * (os.cpu_count() or 1), 2)
+    return others.cores()
+
+
+class Others:
+    """Counts what all but some processes use of the machine, from when it is made.
+
+    Time that the host takes from a virtual machine counts as used by others.
+
+    Args:
+        processes: ids of the processes that do not count; their threads do not either.
+
+    Example:
+        >>> Others().cores() is None or True
+        True
+    """
+
+    def __init__(self, processes: Sequence[int] = ()) -> None:
+        self._processes = processes
+        self._begin = self._ticks()
+
+    def cores(self) -> float | None:
+        """Mean number of cores used so far; None where the system does not tell."""
+        used, total = (b - a for a, b in zip(self._begin, self._ticks(), strict=True))
+        return round(max(used, 0) / total * (os.cpu_count() or 1), 2) if total else None
+
+    def _ticks(self) -> tuple[int, int]:
+        """Ticks used by others, and of all cores together, since the machine was started."""
+        first = _read("/proc/stat").splitlines()[:1]
+        spent = [int(field) for field in first[0].split()[1:9]] if first else []
+        if len(spent) < 5:
+            return 0, 0
+        own = sum(_process_ticks(process) for process in self._processes)
+        return sum(spent) - spent[3] - spent[4] - own, sum(spent)  # neither idle nor on a disk
+
+
+def _process_ticks(process: int) -> int:
+    """Ticks that a process has used; 0 if it is gone."""
+    fields = _read(f"/proc/{process}/stat").rpartition(")")[2].split()
+    return int(fields[11]) + int(fields[12]) if len(fields) > 12 else 0
 
 
 def one_line(machine: dict[str, Any]) -> str:

@@ -9,7 +9,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,10 +22,19 @@ from torch import Tensor, nn
 from sparselt.errors import DataError, OptionError
 from sparselt.measure.baselines import BASELINES, flat_tensors, usable_engines
 from sparselt.measure.engine import Engine
-from sparselt.measure.machine import header
+from sparselt.measure.machine import Others, header
 from sparselt.measure.timer import Timing, speedup
+from sparselt.measure.worker import output_error
 
-__all__ = ["EngineRow", "ModelReport", "bench_model", "double_reference", "merged", "write_folder"]
+__all__ = [
+    "EngineRow",
+    "ModelReport",
+    "bench_model",
+    "bench_variants",
+    "double_reference",
+    "merged",
+    "write_folder",
+]
 
 # Spinning threads of one engine go to sleep before the next engine's round begins.
 _SETTLE_SECONDS = 0.02
@@ -39,8 +48,8 @@ class EngineRow:
 
     engine: str
     dense: bool
-    status: str = "ok"
     reason: str = ""
+    status: str = "ok"
     error: float | None = None
     load_seconds: float | None = None
     timing: Timing | None = None
@@ -69,7 +78,8 @@ class ModelReport:
 
     Attributes:
         name: what the network is called in the tables.
-        facts: parameters, density, input shapes, reference dtype, tolerance.
+        facts: parameters, density, input shapes, reference dtype, tolerance, the error of torch's
+            own float32 run, and the cores that others used during the rounds.
         rows: one for each engine asked for, in that order.
         best_dense: the fastest engine that multiplies by the zeros, or "" if none ran.
         machine: the header of `machine.header`.
@@ -167,32 +177,43 @@ def _chosen(engines: Sequence[str] | None, inputs: Sequence[Tensor]) -> list[str
     return list(engines)
 
 
-def _prepare(row: EngineRow, worker: Engine, folder: str, threads: int, tolerance: float) -> None:
-    """Load and check one engine; on any trouble the row says FAIL and why."""
-    request = {"do": "load", "engine": row.engine, "folder": folder, "threads": threads}
+def _load(
+    engine: str, folder: str, threads: int, tolerance: float, stack: ExitStack
+) -> tuple[EngineRow, Engine | None]:
+    """Load and check one engine; on any trouble the row says FAIL and why, and has no worker."""
+    row = EngineRow(engine, BASELINES[engine].dense, BASELINES[engine].usable())
+    if row.reason:
+        row.status = "absent"
+        return row, None
+    worker = stack.enter_context(Engine(engine))
+    request = {"do": "load", "engine": engine, "folder": folder, "threads": threads}
     answer = worker.ask(request, _LOAD_TIMEOUT)
     if answer["ok"]:
         row.load_seconds = answer["seconds"]
         answer = worker.ask({"do": "check"}, _ROUND_TIMEOUT)
     if not answer["ok"]:
         row.status, row.reason = "FAIL", answer["reason"]
-        return
-    row.error = answer["error"]
-    if not answer["finite"] or not answer["error"] <= tolerance:
-        row.status = "FAIL"
-        row.reason = f"wrong output: error {answer['error']:.2g}, allowed {tolerance:.0e}"
+    else:
+        row.error = answer["error"]
+        if not answer["finite"] or not answer["error"] <= tolerance:
+            row.status = "FAIL"
+            row.reason = f"wrong output: error {answer['error']:.2g}, allowed {tolerance:.0e}"
+    if row.status == "ok":
+        return row, worker
+    worker.close()
+    return row, None
 
 
 def _time(
     rows: Sequence[EngineRow],
-    workers: dict[str, Engine],
+    workers: Mapping[int, Engine],
     rounds: int,
     samples: int,
     seconds: float,
     say: Callable[[str], None],
 ) -> None:
-    """Rounds in turns over all engines that passed the check."""
-    taken: dict[str, list[tuple[float, ...]]] = {row.engine: [] for row in rows}
+    """Rounds in turns over all engines that passed the check; workers by the id of their row."""
+    taken: dict[int, list[tuple[float, ...]]] = {id(row): [] for row in rows}
     calls = dict.fromkeys(taken, 1)
     for turn in range(rounds):
         alive = [row for row in rows if row.status == "ok"]
@@ -201,15 +222,15 @@ def _time(
             say(f"round {turn + 1} of {rounds}: {row.engine}")
             time.sleep(_SETTLE_SECONDS)
             request = {"do": "round", "samples": samples, "seconds": seconds}
-            answer = workers[row.engine].ask(request, _ROUND_TIMEOUT)
+            answer = workers[id(row)].ask(request, _ROUND_TIMEOUT)
             if not answer["ok"]:
                 row.status, row.reason = "FAIL", answer["reason"]
                 continue
-            taken[row.engine].append(tuple(answer["samples_us"]))
-            calls[row.engine] = answer["calls"]
+            taken[id(row)].append(tuple(answer["samples_us"]))
+            calls[id(row)] = answer["calls"]
     for row in rows:
         if row.status == "ok":
-            row.timing = Timing(tuple(taken[row.engine]), calls[row.engine])
+            row.timing = Timing(tuple(taken[id(row)]), calls[id(row)])
 
 
 def _compare(report: ModelReport) -> None:
@@ -248,7 +269,7 @@ def bench_model(
         engines: names from `BASELINES`; by default all that can run here.
         name: what the tables call the network.
         rounds: turns each engine gets.
-        samples: least samples in a turn.
+        samples: least samples in a turn that lasts no longer than ten times `seconds`.
         seconds: least time of a turn, in seconds.
         threads: for every engine alike; by default torch's present number.
         tolerance: largest allowed error, relative to the largest output.
@@ -261,45 +282,106 @@ def bench_model(
         OptionError: for an unknown engine or counts below 1.
         DataError: if the model cannot be handed to another process.
     """
+    (found,) = bench_variants(
+        {name or type(model).__name__: model},
+        example,
+        engines,
+        rounds=rounds,
+        samples=samples,
+        seconds=seconds,
+        threads=threads,
+        tolerance=tolerance,
+        progress=progress,
+    )
+    return found
+
+
+def bench_variants(
+    models: Mapping[str, nn.Module],
+    example: Tensor | Sequence[Tensor],
+    engines: Sequence[str] | None = None,
+    *,
+    rounds: int = 10,
+    samples: int = 5,
+    seconds: float = 0.1,
+    threads: int | None = None,
+    tolerance: float = 1e-4,
+    progress: Callable[[str], None] | None = None,
+) -> list[ModelReport]:
+    """Time one network with several sets of zeros, all in the same interleaved rounds.
+
+    Dense engines multiply by the zeros, so where those are changes nothing: they are loaded,
+    checked and timed once, with the first set, and stand in the report of each.
+
+    Args:
+        models: networks that differ in the values of their weights alone, by what to call them.
+        example: one input tensor or several; also the shape that is timed.
+        engines: names from `BASELINES`; by default all that can run here.
+        rounds: turns each engine gets.
+        samples: least samples in a turn that lasts no longer than ten times `seconds`.
+        seconds: least time of a turn, in seconds.
+        threads: for every engine alike; by default torch's present number.
+        tolerance: largest allowed error, relative to the largest output.
+        progress: called with a short sentence on each step.
+
+    Returns:
+        One report for each model, in the given order.
+
+    Raises:
+        OptionError: for an unknown engine or counts below 1.
+        DataError: if a model cannot be handed to another process.
+    """
     inputs = (example,) if isinstance(example, Tensor) else tuple(example)
     chosen = _chosen(engines, inputs)
     if rounds < 1 or samples < 1:
         raise OptionError(f"rounds and samples: expected at least 1, got {rounds} and {samples}")
     say = progress or (lambda text: None)
+    threads = torch.get_num_threads() if threads is None else threads
+    machine = header() | {"threads": threads}
+    reports: list[ModelReport] = []
+    with tempfile.TemporaryDirectory(prefix="sparselt-bench-") as folder, ExitStack() as stack:
+        workers: dict[int, Engine] = {}
+        for name, model in models.items():
+            say(f"computing the float64 reference of {name}")
+            where = Path(folder, str(len(reports)))
+            facts = _leave(where, model, inputs) | {"tolerance": tolerance, "rounds": rounds}
+            report = ModelReport(name, facts, [], machine=machine)
+            for engine in chosen:
+                if reports and BASELINES[engine].dense:
+                    report.rows.append(reports[0].rows[chosen.index(engine)])
+                    continue
+                say(f"loading and checking {engine}")
+                row, worker = _load(engine, os.fspath(where), threads, tolerance, stack)
+                report.rows.append(row)
+                workers |= {id(row): worker} if worker is not None else {}
+            reports.append(report)
+        rows = list({id(row): row for report in reports for row in report.rows}.values())
+        others = Others([os.getpid(), *(worker.process for worker in workers.values())])
+        _time(rows, workers, rounds, samples, seconds, say)
+        busy = others.cores()
+    for report in reports:
+        report.facts["busy_cores"] = busy
+        _compare(report)
+    return reports
+
+
+def _leave(folder: Path, model: nn.Module, inputs: tuple[Tensor, ...]) -> dict[str, Any]:
+    """Leave a model and its reference for the workers; gives what the report says of it."""
+    folder.mkdir()
     model = copy.deepcopy(model).eval().requires_grad_(False).cpu()
-    say("computing the float64 reference")
     reference, dtype = double_reference(model, inputs)
+    with torch.no_grad():
+        error = output_error(flat_tensors(model(*inputs)), reference)
+    write_folder(folder, model, inputs, reference)
     parameters, density = _prunable_density(model)
-    facts = {
+    return {
         "parameters": parameters,
         "density": density,
         "batch": int(inputs[0].shape[0]) if inputs and inputs[0].ndim else 1,
         "inputs": [list(x.shape) for x in inputs],
         "reference": dtype,
-        "tolerance": tolerance,
-        "rounds": rounds,
+        "torch_error": error,
     }
-    threads = torch.get_num_threads() if threads is None else threads
-    report = ModelReport(name or type(model).__name__, facts, [])
-    report.machine["threads"] = threads
-    with tempfile.TemporaryDirectory(prefix="sparselt-bench-") as folder, ExitStack() as stack:
-        write_folder(Path(folder), model, inputs, reference)
-        workers: dict[str, Engine] = {}
-        for engine in chosen:
-            row = EngineRow(engine, BASELINES[engine].dense)
-            report.rows.append(row)
-            row.reason = BASELINES[engine].usable()
-            if row.reason:
-                row.status = "absent"
-                continue
-            say(f"loading and checking {engine}")
-            workers[engine] = stack.enter_context(Engine(engine))
-            _prepare(row, workers[engine], os.fspath(folder), threads, tolerance)
-            if row.status != "ok":
-                workers[engine].close()
-        _time(report.rows, workers, rounds, samples, seconds, say)
-    _compare(report)
-    return report
 
 
 def merged(results: Sequence[dict[str, Any]]) -> dict[str, Any]:

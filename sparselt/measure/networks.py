@@ -4,9 +4,9 @@
 from __future__ import annotations
 
 import importlib
-import itertools
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from sparselt.errors import DataError, OptionError
+from sparselt.measure import architectures
 from sparselt.measure.suites import random_mask
 from sparselt.tickets import load_ticket
 
@@ -22,103 +23,124 @@ __all__ = [
     "Network",
     "Pruned",
     "example_inputs",
+    "has_real_masks",
     "network",
+    "prune_as_dlmc",
     "prune_randomly",
     "pruned_network",
 ]
 
 
-def lenet() -> nn.Module:
-    """LeNet-300-100: 784-300-100-10."""
-    return _mlp(784, 300, 100, 10)
+# First convolutions read an image's or a sound's few channels, depthwise ones a single channel.
+_FEW_CHANNELS = 4
 
 
-def mlp() -> nn.Module:
-    """A wide perceptron: 1024-4096-4096-1024."""
-    return _mlp(1024, 4096, 4096, 1024)
+def prune_randomly(model: nn.Module, density: float, seed: int = 0) -> nn.Module:
+    """Zero random weights of linear and convolution layers, in place, and give batch norms
+    running statistics that are not the identity; the exact kept share is `density` in each layer.
+
+    Convolutions that read at most four channels a group, so first and depthwise ones, stay whole:
+    they hold next to no weights, and networks that are pruned for accuracy keep them.
+
+    Example:
+        >>> model = prune_randomly(nn.Linear(10, 10), 0.3)
+        >>> int((model.weight != 0).sum())
+        30
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for index, layer in enumerate(model.modules()):
+        if isinstance(layer, (nn.Linear, nn.Conv1d, nn.Conv2d)) and not _is_small(layer):
+            mask = random_mask(tuple(layer.weight.shape), density, seed=seed + index)
+            layer.weight.data.mul_(mask / max(density, 1e-6) ** 0.5)
+        elif isinstance(layer, (nn.BatchNorm1d, nn.BatchNorm2d)):
+            assert layer.running_mean is not None
+            assert layer.running_var is not None
+            layer.running_mean.normal_(0.0, 0.1, generator=generator)
+            layer.running_var.uniform_(0.5, 1.5, generator=generator)
+    return model.eval()
 
 
-def _mlp(*widths: int) -> nn.Module:
-    layers: list[nn.Module] = []
-    for wide, next_wide in itertools.pairwise(widths):
-        layers += [nn.Linear(wide, next_wide), nn.ReLU()]
-    return nn.Sequential(*layers[:-1])
+def _is_small(layer: nn.Linear | nn.Conv1d | nn.Conv2d) -> bool:
+    if isinstance(layer, nn.Linear):
+        return False
+    return layer.in_channels // layer.groups <= _FEW_CHANNELS
 
 
-def _conv(cin: int, cout: int, kernel: int, stride: int = 1) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(cin, cout, kernel, stride, kernel // 2, bias=False), nn.BatchNorm2d(cout)
-    )
+def prune_as_dlmc(model: nn.Module, density: float, seed: int = 0) -> nn.Module:
+    """Give a ResNet-50 of `architectures.resnet50` the zeros of a magnitude-pruned one, in place.
+
+    The patterns are those of the Deep Learning Matrix Collection, first convolution and output
+    layer included; it has no values, so the weights stay the model's own, scaled as random ones.
+
+    Args:
+        model: changed.
+        density: 0.2, 0.1 or 0.05: of the whole network, a layer's own differs.
+        seed: of the batch norms' statistics.
+
+    Raises:
+        DataError: the collection is not at hand: SPARSELT_DATA names the folder that holds it.
+    """
+    prune_randomly(model, 1.0, seed)
+    folder = _real_masks() / f"{1 - density:.2f}".rstrip("0")
+    for name, layer in _dlmc_names(model):
+        file = folder / f"{name}.smtx"
+        if not file.is_file():
+            raise DataError(
+                f"resnet50_dlmc: there is no {file}; set SPARSELT_DATA to a folder that holds the "
+                "matrices in dlmc/, and ask for density 0.2, 0.1 or 0.05"
+            )
+        weight = layer.weight.data
+        (mask,) = load_ticket(file, shape=tuple(weight.shape)).masks.values()
+        weight.mul_(mask / max(float(mask.float().mean()), 1e-6) ** 0.5)
+    return model
 
 
-class Residual(nn.Module):
-    """A residual block: two 3x3 convolutions, or 1x1, 3x3, 1x1 where `width` is given."""
-
-    def __init__(self, cin: int, cout: int, stride: int = 1, width: int = 0) -> None:
-        super().__init__()
-        if width:
-            parts = [_conv(cin, width, 1), nn.ReLU(), _conv(width, width, 3, stride), nn.ReLU()]
-            parts.append(_conv(width, cout, 1))
-        else:
-            parts = [_conv(cin, cout, 3, stride), nn.ReLU(), _conv(cout, cout, 3)]
-        self.body = nn.Sequential(*parts)
-        same = cin == cout and stride == 1
-        self.shortcut = nn.Identity() if same else _conv(cin, cout, 1, stride)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C_in, H, W) to (B, C_out, H / stride, W / stride)."""
-        return torch.relu(self.body(x) + self.shortcut(x))
+def has_real_masks() -> bool:
+    """Whether SPARSELT_DATA names a folder with the masks for `prune_as_dlmc`."""
+    return _real_masks().is_dir()
 
 
-def resnet20() -> nn.Module:
-    """ResNet-20 for 32x32 images (He et al., arXiv 1512.03385, section 4.2), 1x1 shortcuts."""
-    layers: list[nn.Module] = [_conv(3, 16, 3), nn.ReLU()]
-    cin = 16
-    for width in (16, 32, 64):
-        for _ in range(3):
-            layers.append(Residual(cin, width, 2 if cin != width else 1))
-            cin = width
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
+def _real_masks() -> Path:
+    return Path(os.environ.get("SPARSELT_DATA", "")) / "dlmc" / "rn50" / "magnitude_pruning"
 
 
-def resnet50() -> nn.Module:
-    """ResNet-50 (He et al., arXiv 1512.03385), the stride in the 3x3 convolution."""
-    layers: list[nn.Module] = [_conv(3, 64, 7, 2), nn.ReLU(), nn.MaxPool2d(3, 2, 1)]
-    cin = 64
-    for group, (width, count) in enumerate(((64, 3), (128, 4), (256, 6), (512, 3))):
+def _dlmc_names(model: nn.Module) -> Iterator[tuple[str, nn.Conv2d | nn.Linear]]:
+    """Each layer of a ResNet-50 with its file's name in the collection."""
+    layers = iter(m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear)))
+    yield "initial_conv", next(layers)
+    for group, count in enumerate((3, 4, 6, 3), start=1):
         for index in range(count):
-            stride = 2 if group and not index else 1
-            layers.append(Residual(cin, 4 * width, stride, width))
-            cin = 4 * width
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2048, 1000))
-
-
-def vgg19() -> nn.Module:
-    """VGG-19 for 32x32 images: sixteen 3x3 convolutions with batch norm, one linear layer."""
-    layers: list[nn.Module] = []
-    cin = 3
-    for width, count in ((64, 2), (128, 2), (256, 4), (512, 4), (512, 4)):
-        for _ in range(count):
-            layers += [_conv(cin, width, 3), nn.ReLU()]
-            cin = width
-        layers.append(nn.MaxPool2d(2))
-    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(512, 10))
+            block = f"{group}_{index}_1" if index else f"_projection_block_group{group}"
+            for part in (1, 2, 3) if index else (1, 2, 3, "projection"):
+                yield f"bottleneck_{part}_block_group{block}", next(layers)
+    yield "final_dense", next(layers)
 
 
 @dataclass(frozen=True)
 class Network:
-    """How to build a network, and the shape of one input without the batch (None: unknown)."""
+    """How to build a network, and the shape of one input without the batch (None: unknown).
+
+    `prune` takes the model, the density and a seed, and changes the model in place.
+    """
 
     build: Callable[[], nn.Module]
     shape: tuple[int, ...] | None = None
+    prune: Callable[[nn.Module, float, int], nn.Module] = prune_randomly
 
 
 NETWORKS: dict[str, Network] = {
-    "lenet": Network(lenet, (784,)),
-    "mlp": Network(mlp, (1024,)),
-    "resnet20": Network(resnet20, (3, 32, 32)),
-    "vgg19": Network(vgg19, (3, 32, 32)),
-    "resnet50": Network(resnet50, (3, 224, 224)),
+    "lenet": Network(architectures.lenet, (784,)),
+    "mlp": Network(architectures.mlp, (1024,)),
+    "resnet20": Network(architectures.resnet20, (3, 32, 32)),
+    "vgg19": Network(architectures.vgg19, (3, 32, 32)),
+    "resnet50": Network(architectures.resnet50, (3, 224, 224)),
+    "resnet50_dlmc": Network(architectures.resnet50, (3, 224, 224), prune_as_dlmc),
+    "mobilenet": Network(architectures.mobilenet, (3, 224, 224)),
+    "resnet18": Network(architectures.resnet18, (3, 224, 224)),
+    "wide_resnet": Network(architectures.wide_resnet, (3, 32, 32)),
+    "signal": Network(architectures.signal, (1, 8000)),
+    "vit": Network(architectures.vit, (3, 224, 224)),
+    "uneven": Network(architectures.uneven, (3, 65, 63)),
 }
 
 
@@ -159,28 +181,6 @@ def network(spec: str) -> Network:
     return Network(found)
 
 
-def prune_randomly(model: nn.Module, density: float, seed: int = 0) -> nn.Module:
-    """Zero random weights of every linear and convolution layer, in place, and give batch norms
-    running statistics that are not the identity; the exact kept share is `density` in each layer.
-
-    Example:
-        >>> model = prune_randomly(nn.Linear(10, 10), 0.3)
-        >>> int((model.weight != 0).sum())
-        30
-    """
-    generator = torch.Generator().manual_seed(seed)
-    for index, layer in enumerate(model.modules()):
-        if isinstance(layer, (nn.Linear, nn.Conv1d, nn.Conv2d)):
-            mask = random_mask(tuple(layer.weight.shape), density, seed=seed + index)
-            layer.weight.data.mul_(mask / max(density, 1e-6) ** 0.5)
-        elif isinstance(layer, nn.BatchNorm2d):
-            assert layer.running_mean is not None
-            assert layer.running_var is not None
-            layer.running_mean.normal_(0.0, 0.1, generator=generator)
-            layer.running_var.uniform_(0.5, 1.5, generator=generator)
-    return model.eval()
-
-
 @dataclass(frozen=True)
 class Pruned:
     """A network with its zeros in place, and the shape of one input without the batch."""
@@ -202,7 +202,7 @@ def pruned_network(
         spec: a `Network`, or what `network` takes.
         shape: of one input; needed for networks that are not in `NETWORKS`.
         ticket: any file that `load_ticket` reads.
-        density: share of kept weights of every layer without a ticket.
+        density: share of kept weights without a ticket.
         seed: of the weights and random zeros.
 
     Raises:
@@ -223,7 +223,7 @@ def pruned_network(
     if not isinstance(model, nn.Module):
         raise OptionError(f"{spec}: expected a torch.nn.Module, got {type(model).__name__}")
     if ticket is None:
-        return Pruned(prune_randomly(model, density, seed), shape)
+        return Pruned(found.prune(model, density, seed), shape)
     return Pruned(load_ticket(ticket).apply(model).eval(), shape)
 
 

@@ -25,6 +25,8 @@ __all__ = ["Flush", "Timing", "burst", "interleave", "measure", "speedup"]
 # then costs less than a thousandth of what is measured.
 _SAMPLE_US = 200.0
 _ROUND_SAMPLES = 5
+# A call as long as this has warmed up within itself.
+_LONG_CALL_US = 3e5
 
 
 @dataclass(frozen=True)
@@ -149,7 +151,7 @@ def calls_for(function: Callable[[], object], warmup_seconds: float) -> int:
     end = time.perf_counter() + warmup_seconds
     fastest = float("inf")
     count = 0
-    while count < 3 or time.perf_counter() < end:
+    while time.perf_counter() < end or (count < 3 and fastest < _LONG_CALL_US):
         fastest = min(fastest, burst(function, 1)[0])
         count += 1
     return max(1, int(np.ceil(_SAMPLE_US / max(fastest, 0.01))))
