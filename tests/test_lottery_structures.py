@@ -66,6 +66,12 @@ def test_a_ladder_of_blocks_keeps_exact_numbers_of_whole_blocks(text: str) -> No
         assert int(kept.sum()) == round(height * width * 0.7**level)
 
 
+def test_rounding_never_prunes_a_layer_whole() -> None:
+    blocks, small = Blocks(16, 1), (16, 1, 3, 3)
+    assert [blocks.count([small], 0.2**level, level) for level in range(5)] == [9, 2, 1, 1, 1]
+    assert blocks.count([small], 0.0, 1) == 0
+
+
 @pytest.mark.parametrize("text", ["2:4", "1:4", "4:8", "1:2"])
 @pytest.mark.parametrize("shape", [(6, 16), (6, 16, 3, 3), (5, 10), (4, 1, 5, 5)])
 def test_n_of_m_keeps_the_n_largest_of_every_m_input_channels(

@@ -75,8 +75,13 @@ class Blocks:
         return self.pool(mask.float()) > 0
 
     def count(self, shapes: Sequence[tuple[int, ...]], fraction: float, level: int) -> int:
-        """Number of units that stay at ``fraction`` of all, after ``level`` rounds."""
-        return round(sum(math.prod(self.grid(shape)) for shape in shapes) * fraction)
+        """Number of units that stay at ``fraction`` of all, after ``level`` rounds.
+
+        At least one, unless all are pruned by intent: rounding alone must not cut a small layer of
+        large blocks out of the network.
+        """
+        units = sum(math.prod(self.grid(shape)) for shape in shapes)
+        return max(round(units * fraction), min(units, math.ceil(fraction)))
 
     def at_least(self, shapes: Sequence[tuple[int, ...]], keep: int) -> int:
         """The smallest number of units that can stay and is not below ``keep``."""
