@@ -160,7 +160,8 @@ def test_named_networks_have_the_density_asked_for_and_run(name: str) -> None:
             size, count = layer.weight.numel(), int(layer.weight.count_nonzero())
             # First and depthwise convolutions stay whole.
             few = not isinstance(layer, nn.Linear) and layer.in_channels // layer.groups <= 4
-            assert count == (size if few else round(0.1 * size))
+            # One draw in millions of a normal is 0.
+            assert abs(count - (size if few else 0.1 * size)) < 3
     with torch.no_grad():
         y = built.model(networks.example_inputs(built.shape, 2))
     assert y.shape[0] == 2
