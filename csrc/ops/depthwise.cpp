@@ -5,7 +5,7 @@
 #include <algorithm>
 
 #include "ops/conv_problem.h"
-#include "ops/partition.h"
+#include "ops/run_task.h"
 
 namespace sparselt {
 namespace {
@@ -26,7 +26,8 @@ Tensor depthwise_conv2d(Tensor x, Tensor weight, OptionalTensor bias, OptionalTe
                   kMaxDepthwiseTaps, " columns, got ", weight.size(3));
   Ints meta = shape_of(weight);
   meta.insert(meta.begin(), {1, 1});
-  const ConvProblem problem = make_conv_problem(x, meta, stride, padding, dilation, x.size(1));
+  const ConvProblem problem =
+      make_conv_problem(shape_of(x), meta, stride, padding, dilation, x.size(1));
   Tensor out = new_output(problem.out_shape());
   const Tensor input = as_float_input(x, "x");
   const Tensor filters = as_float_input(weight, "weight");
@@ -44,8 +45,9 @@ Tensor depthwise_conv2d(Tensor x, Tensor weight, OptionalTensor bias, OptionalTe
   const int64_t width = (call.w.out + chosen.tile_columns - 1) / chosen.tile_columns;
   const int64_t work = std::max<int64_t>(
       1, call.h.out * width * chosen.tile_columns * call.h.kernel * call.w.kernel);
+  const int64_t grain = (torch_team().least_work + work - 1) / work;
   torch::stable::parallel_for(
-      0, problem.batch * problem.channels_out, (kSerialWork + work - 1) / work,
+      0, problem.batch * problem.channels_out, grain,
       [&](int64_t begin, int64_t end) { chosen.depthwise(call, {begin, end}); });
   return out;
 }
