@@ -33,6 +33,8 @@ Tensor depthwise_conv2d(Tensor x, Tensor weight, OptionalTensor bias, OptionalTe
   const Tensor filters = as_float_input(weight, "weight");
   const HeldEpilogue held =
       as_epilogue(bias, residual, lower, upper, problem.channels_out, problem.out_shape());
+  Epilogue epilogue = held.pointers;
+  epilogue.residual = held.residual_data();
   const DepthwiseCall call{const_float_data(input),
                            const_float_data(filters),
                            problem.channels_out,
@@ -40,7 +42,7 @@ Tensor depthwise_conv2d(Tensor x, Tensor weight, OptionalTensor bias, OptionalTe
                            as_window(problem.geometry.h),
                            as_window(problem.geometry.w),
                            float_data(out),
-                           held.pointers};
+                           epilogue};
   // A narrow map costs as much as one that fills the kernel's vectors.
   const int64_t width = (call.w.out + chosen.tile_columns - 1) / chosen.tile_columns;
   const int64_t work = std::max<int64_t>(
