@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Tiles of W and x for products with dense blocks. The stored blocks of a block row are seen as one
-// dense matrix of `depth` columns, W' (block_rows, depth), and x is gathered to match, x' (depth,
-// N): column t of W' is column t % block_cols of the t / block_cols-th block. A block of threads
-// walks t in steps and keeps kStages steps of both in shared memory, copied in the background.
+// Products with dense blocks: how W gets into shared memory, and the walk over it. The stored
+// blocks of a block row are seen as one dense matrix W' (block_rows, depth), and x is gathered to
+// match, x' (depth, columns): column t of W' is column t % block_cols of the t / block_cols-th
+// block. A block of threads walks t in steps of 128 bytes of a row of W' and keeps kStages steps of
+// both in shared memory, copied in the background (block_input.cuh: how x' gets there).
 #pragma once
 
 #include "cuda/calls.h"
@@ -12,175 +13,179 @@
 namespace sparselt::cuda {
 
 constexpr int kBlockThreads = 128;
-constexpr int kBlockColumns = 128;  // of x a block
 constexpr int kStages = 3;
+constexpr int kRowPieces = 8;  // 16-byte pieces of a row of W' in a step
 
-// Rows of a stage in shared memory are 16 bytes longer than their contents, so that eight rows
-// begin in different banks.
-template <class T, int kRows, bool kColumnsTogether>
-struct BlockStage {
-  static constexpr int kStep = 64 / static_cast<int>(sizeof(T));  // columns of W' a stage
-  static constexpr int kCopy = 16 / static_cast<int>(sizeof(T));  // elements of a 16-byte copy
-  static constexpr int kWeightPitch = kStep + kCopy;
-  // x' is kept with its columns together, or with a column's elements together.
-  static constexpr int kInputRows = kColumnsTogether ? kStep : kBlockColumns;
-  static constexpr int kInputPitch = (kColumnsTogether ? kBlockColumns : kStep) + kCopy;
-  static constexpr int kWeightElements = kRows * kWeightPitch;
-  static constexpr int kElements = kWeightElements + kInputRows * kInputPitch;
+template <class T>
+constexpr int kPiece = 16 / static_cast<int>(sizeof(T));  // elements of a piece
+template <class T>
+constexpr int kStep = kRowPieces * kPiece<T>;  // columns of W' a step
+
+// A convolution over channels-last maps. A product with x (N, K) is one, with N images of one
+// pixel.
+struct PixelGeometry {
+  int channels, group_channels;
+  int height, width;
+  int out_height, out_width;
+  int kernel_h, kernel_w;
+  int stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w;
+  Divisor group_block_rows;
 };
 
-// Copies between global and shared memory where zeros stand for what does not exist.
+// A launch, the same for all blocks of threads.
+struct BlockCall {
+  Weight weight;
+  const void* x;
+  void* y;
+  float* partial;   // sums of the parts that block rows are cut into, each laid out as y; or null
+  int splits;       // parts of a block row's list of blocks
+  int64_t columns;  // of y: of one product, or pixels of all images
+  int64_t batch;
+  int64_t x_row;  // of an x (K, N)
+  int64_t x_batch;
+  Divisor block_cols;
+  PixelGeometry pixels;
+  Epilogue epilogue;
+};
+
+// Which tile of y a block of threads owns, and which part of its block row's blocks.
+struct BlockPlace {
+  int64_t block_row, first_column, batch;
+  int first_row;  // in the block row
+  int split;
+  __device__ BlockPlace(const BlockCall& call, int rows, int columns) {
+    const int64_t slices = ceil_div(call.weight.block_rows, rows);
+    const int64_t block_rows = ceil_div(call.weight.rows, call.weight.block_rows);
+    const int64_t column_tiles = ceil_div(call.columns, columns);
+    int64_t tile = blockIdx.x;
+    first_row = static_cast<int>(tile % slices) * rows;
+    tile /= slices;
+    block_row = tile % block_rows;
+    tile /= block_rows;
+    first_column = tile % column_tiles * columns;
+    tile /= column_tiles;
+    batch = tile % call.batch;
+    split = static_cast<int>(tile / call.batch);
+  }
+  __device__ int64_t row(const BlockCall& call) const {
+    return block_row * call.weight.block_rows + first_row;
+  }
+  // Rows of y that the tile really has.
+  __device__ int rows(const BlockCall& call, int most) const {
+    const int64_t end = min(call.weight.rows, (block_row + 1) * call.weight.block_rows);
+    return static_cast<int>(max(int64_t{0}, min(end - row(call), static_cast<int64_t>(most))));
+  }
+};
+
+// The part of a block row that a block of threads multiplies.
 template <class T>
-__device__ __forceinline__ void copy_or_zero(T* to, const T* from, bool exists) {
-  if constexpr (sizeof(T) == 4) {
-    copy_async_4(to, from, exists);
-  } else {
-    *to = exists ? *from : from_float<T>(0.0f);  // background copies move at least 4 bytes
+struct BlockRow {
+  const T* weights;        // of the first block, from the tile's first row on
+  const int32_t* indices;  // of the first block
+  int depth;               // of W'
+  int rows;                // of the tile that exist in a block
+  int block_cols;
+  int block_size;
+  Divisor by_cols;
+
+  __device__ BlockRow(const BlockCall& call, const BlockPlace& place, int tile_rows)
+      : block_cols(static_cast<int>(call.weight.block_cols)),
+        block_size(static_cast<int>(call.weight.block_rows * call.weight.block_cols)),
+        by_cols(call.block_cols) {
+    const int32_t* crow = static_cast<const int32_t*>(call.weight.parts[0]) + place.block_row;
+    const int64_t first = crow[0];
+    const int64_t count = crow[1] - first;
+    const int64_t begin = first + count * place.split / call.splits;
+    const int64_t end = first + count * (place.split + 1) / call.splits;
+    depth = static_cast<int>(end - begin) * block_cols;
+    indices = static_cast<const int32_t*>(call.weight.parts[1]) + begin * call.weight.index_size;
+    weights = static_cast<const T*>(call.weight.parts[2]) + begin * block_size +
+              place.first_row * block_cols;
+    rows = min(tile_rows, static_cast<int>(call.weight.block_rows) - place.first_row);
+  }
+  __device__ int steps() const { return (depth + kStep<T> - 1) / kStep<T>; }
+  __device__ int block_of(int t) const { return by_cols.quotient(t); }
+};
+
+// Where piece `piece` of row `row` lies in a tile of rows of kPieces pieces, a multiple of 8: eight
+// rows' pieces of one column, and eight neighbours in a row, meet all the banks.
+template <class T, int kPieces>
+__device__ __forceinline__ T* piece_at(T* tile, int row, int piece) {
+  return tile + (row * kPieces + (piece ^ (row & 7))) * kPiece<T>;
+}
+
+// Fills a piece element by element: those that `exists` denies with zeros.
+template <class T, class From, class Exists>
+__device__ __forceinline__ void gather_piece(T* to, const From& from, const Exists& exists) {
+  Vector<T, kPiece<T>> piece;
+#pragma unroll
+  for (int i = 0; i < kPiece<T>; ++i)
+    piece.elements[i] = exists(i) ? *from(i) : from_float<T>(0.0f);
+  *reinterpret_cast<Vector<T, kPiece<T>>*>(to) = piece;
+}
+
+// Copies step [first, first + kStep) of W' to shared memory, kRows rows.
+template <class T, int kRows>
+__device__ __forceinline__ void stage_weights(T* tile, const BlockRow<T>& row, int first) {
+  constexpr int kLines = kBlockThreads / kRowPieces;
+  const int piece = static_cast<int>(threadIdx.x) % kRowPieces;
+  const int line = static_cast<int>(threadIdx.x) / kRowPieces;
+  const int t = first + piece * kPiece<T>;
+  if (row.block_cols % kPiece<T> == 0 && is_aligned<T>(row.weights, 0, 16)) {
+    const T* from = row.weights + row.block_of(t) * (row.block_size - row.block_cols) + t +
+                    line * row.block_cols;
+#pragma unroll
+    for (int i = 0; i < kRows; i += kLines) {
+      copy_async_16(piece_at<T, kRowPieces>(tile, line + i, piece), from + i * row.block_cols,
+                    t < row.depth && line + i < row.rows);
+    }
+    return;
+  }
+#pragma unroll 1
+  for (int r = line; r < kRows; r += kLines) {
+    const auto from = [&](int i) {
+      const int block = row.block_of(t + i);
+      return row.weights + block * (row.block_size - row.block_cols) + t + i + r * row.block_cols;
+    };
+    gather_piece(piece_at<T, kRowPieces>(tile, r, piece), from,
+                 [&](int i) { return t + i < row.depth && r < row.rows; });
   }
 }
 
-template <class T, int kRows, bool kColumnsTogether, bool kBatchMajor>
-struct BlockTile {
-  using Stage = BlockStage<T, kRows, kColumnsTogether>;
-
-  const SpmmCall& call;  // in constant memory
-  T* shared;
-  const T* x;              // x[0, first column of the tile]
-  const T* weights;        // of the block row's first block, from the tile's first row on
-  const int32_t* indices;  // of the block row
-  int depth;               // of W'
-  int rows;                // of the tile that exist in a block
-  int columns;             // of the tile that exist
-  int shift;               // log2(block_cols), or -1
-
-  __device__ BlockTile(const SpmmCall& spmm, int64_t block_row, int first_row, int64_t first_column,
-                       int64_t batch, unsigned char* memory)
-      : call(spmm), shared(reinterpret_cast<T*>(memory)) {
-    const Weight& w = call.weight;
-    const int32_t* crow = static_cast<const int32_t*>(w.parts[0]) + block_row;
-    const int begin = crow[0];
-    const int block_cols = static_cast<int>(w.block_cols);
-    depth = (crow[1] - begin) * block_cols;
-    indices = static_cast<const int32_t*>(w.parts[1]) + begin;
-    weights = static_cast<const T*>(w.parts[2]) + begin * w.block_rows * w.block_cols +
-              first_row * w.block_cols;
-    x = static_cast<const T*>(call.x) + batch * call.x_batch + first_column * call.x_column;
-    rows = min(kRows, static_cast<int>(w.block_rows) - first_row);
-    columns =
-        static_cast<int>(min(call.columns - first_column, static_cast<int64_t>(kBlockColumns)));
-    shift = (block_cols & (block_cols - 1)) == 0 ? __ffs(block_cols) - 1 : -1;
-  }
-
-  __device__ int block_cols() const { return static_cast<int>(call.weight.block_cols); }
-  __device__ int steps() const { return (depth + Stage::kStep - 1) / Stage::kStep; }
-  __device__ int block_of(int t) const { return shift >= 0 ? t >> shift : t / block_cols(); }
-  __device__ T* weight_stage(int step) const { return shared + step % kStages * Stage::kElements; }
-  __device__ T* input_stage(int step) const { return weight_stage(step) + Stage::kWeightElements; }
-
-  // Column of W, which is the row of x, that column t < depth of W' stands for.
-  __device__ int64_t column_of(int t) const {
-    const int block = block_of(t);
-    return static_cast<int64_t>(__ldg(indices + block)) * block_cols() + t - block * block_cols();
-  }
-
-  __device__ void stage(int step) const {
-    const int first = step * Stage::kStep;
-    const bool wide_blocks = block_cols() % Stage::kCopy == 0;
-    if (wide_blocks && is_aligned<T>(weights, 0, 16)) {
-      stage_weights<Stage::kCopy>(weight_stage(step), first);
-    } else {
-      stage_weights<1>(weight_stage(step), first);
+// Calls multiply(weights, inputs) for every step, with its tiles of W' and x' in shared memory.
+template <class T, int kRows, class Input, class Multiply>
+__device__ __forceinline__ void for_each_step(const BlockRow<T>& row, Input& input,
+                                              unsigned char* shared, const Multiply& multiply) {
+  constexpr int kWeightBytes = kRows * kRowPieces * 16;
+  constexpr int kStageBytes = kWeightBytes + Input::kBytes;
+  const int steps = row.steps();
+  const auto stage = [&](int step, unsigned char* memory) {
+    if (step < steps) {
+      input.stage(reinterpret_cast<T*>(memory + kWeightBytes), row, step * kStep<T>);
+      stage_weights<T, kRows>(reinterpret_cast<T*>(memory), row, step * kStep<T>);
     }
-    if constexpr (!kBatchMajor) {
-      if (is_aligned<T>(x, call.x_row, 16) && columns % Stage::kCopy == 0) {
-        stage_rows<Stage::kCopy>(input_stage(step), first);
-      } else {
-        stage_rows<1>(input_stage(step), first);
-      }
-    } else if (!kColumnsTogether && wide_blocks && is_aligned<T>(x, call.x_column, 16) &&
-               call.weight.cols % Stage::kCopy == 0) {
-      stage_columns<Stage::kCopy>(input_stage(step), first);
-    } else {
-      stage_columns<1>(input_stage(step), first);
-    }
-  }
-
-  template <int kWidth>
-  static __device__ __forceinline__ void copy(T* to, const T* from, bool exists) {
-    if constexpr (kWidth > 1) {
-      copy_async_16(to, from, exists);
-    } else {
-      copy_or_zero(to, from, exists);
-    }
-  }
-
-  template <int kWidth>
-  __device__ void stage_weights(T* to, int first) const {
-    constexpr int kRowCopies = Stage::kStep / kWidth;
-#pragma unroll 1
-    for (int i = static_cast<int>(threadIdx.x); i < kRows * kRowCopies; i += kBlockThreads) {
-      const int row = i / kRowCopies;
-      const int t = i % kRowCopies * kWidth;
-      const bool exists = row < rows && first + t < depth;
-      const int block = exists ? block_of(first + t) : 0;
-      const int64_t place =
-          (block * call.weight.block_rows + (exists ? row : 0)) * call.weight.block_cols +
-          (exists ? first + t - block * block_cols() : 0);
-      copy<kWidth>(to + row * Stage::kWeightPitch + t, weights + place, exists);
-    }
-  }
-
-  // x' with columns together, from an x (K, N) that has them together.
-  template <int kWidth>
-  __device__ void stage_rows(T* to, int first) const {
-    constexpr int kRowCopies = kBlockColumns / kWidth;
-#pragma unroll 1
-    for (int i = static_cast<int>(threadIdx.x); i < Stage::kStep * kRowCopies; i += kBlockThreads) {
-      const int t = i / kRowCopies;
-      const int column = i % kRowCopies * kWidth;
-      if (column >= columns) continue;
-      const int64_t k = first + t < depth ? column_of(first + t) : call.weight.cols;
-      const bool exists = k < call.weight.cols;  // the last block may stick out of W
-      copy<kWidth>(to + t * Stage::kInputPitch + column, x + (exists ? k * call.x_row : 0) + column,
-                   exists);
-    }
-  }
-
-  // From an x (N, K), into either order.
-  template <int kWidth>
-  __device__ void stage_columns(T* to, int first) const {
-    constexpr int kColumnCopies = Stage::kStep / kWidth;
-#pragma unroll 1
-    for (int i = static_cast<int>(threadIdx.x); i < kBlockColumns * kColumnCopies;
-         i += kBlockThreads) {
-      const int t = i % kColumnCopies * kWidth;
-      const int column = i / kColumnCopies;
-      if (column >= columns) continue;
-      const int64_t k = first + t < depth ? column_of(first + t) : call.weight.cols;
-      const bool exists = k < call.weight.cols;
-      T* place = kColumnsTogether ? to + t * Stage::kInputPitch + column
-                                  : to + column * Stage::kInputPitch + t;
-      copy<kWidth>(place, x + column * call.x_column + (exists ? k : 0), exists);
-    }
-  }
-};
-
-// Calls multiply(step) for every step of the tile, with its stage in shared memory.
-template <class Tile, class Multiply>
-__device__ __forceinline__ void for_each_step(const Tile& tile, const Multiply& multiply) {
-  const int steps = tile.steps();
-#pragma unroll
-  for (int step = 0; step < kStages - 1; ++step) {
-    if (step < steps) tile.stage(step);
     copy_commit();
-  }
+  };
+  input.look_ahead(row, 0);
+#pragma unroll
+  for (int step = 0; step < kStages - 1; ++step) stage(step, shared + step * kStageBytes);
+  unsigned char* full = shared;
+  unsigned char* empty = shared + (kStages - 1) * kStageBytes;
+#pragma unroll 1
   for (int step = 0; step < steps; ++step) {
     copy_wait<kStages - 2>();
     __syncthreads();  // this step has arrived for all, and nobody reads the step before any more
-    if (step + kStages - 1 < steps) tile.stage(step + kStages - 1);
-    copy_commit();
-    multiply(step);
+    stage(step + kStages - 1, empty);
+    multiply(reinterpret_cast<const T*>(full), reinterpret_cast<const T*>(full + kWeightBytes));
+    empty = full;
+    full += kStageBytes;
+    if (full == shared + kStages * kStageBytes) full = shared;
   }
+  copy_wait<0>();
+  __syncthreads();  // the stages' memory is free
 }
+
+template <int kRows, class Input>
+constexpr int kStageMemory = kStages * (kRows * kRowPieces * 16 + Input::kBytes);
 
 }  // namespace sparselt::cuda

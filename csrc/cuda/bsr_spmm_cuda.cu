@@ -4,7 +4,7 @@
 namespace sparselt::cuda {
 
 cudaError_t bsr_spmm_cuda(const SpmmCall& call, cudaStream_t stream) {
-  return bsr_spmm<float>(call, csr_spmm_cuda, stream);
+  return bsr_spmm<float>(call, csr_spmm_cuda, bsr_nhwc_conv2d_cuda, stream);
 }
 
 }  // namespace sparselt::cuda

@@ -4,7 +4,7 @@
 namespace sparselt::cuda {
 
 cudaError_t bsr_spmm_cuda_bf16(const SpmmCall& call, cudaStream_t stream) {
-  return bsr_spmm<__nv_bfloat16>(call, csr_spmm_cuda_bf16, stream);
+  return bsr_spmm<__nv_bfloat16>(call, csr_spmm_cuda_bf16, bsr_nhwc_conv2d_cuda_bf16, stream);
 }
 
 }  // namespace sparselt::cuda

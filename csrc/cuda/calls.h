@@ -22,6 +22,12 @@ namespace sparselt::cuda {
 
 constexpr int kMaxParts = 4;
 
+#if !defined(SPARSELT_CUDA_HOST)
+// Of the largest GPUs meant, H100 and H200: how many blocks of threads a launch should at least
+// have is decided for these everywhere, so that results do not depend on the device.
+constexpr int kMultiprocessors = 132;
+#endif
+
 // A weight matrix of rows x cols. `parts` are the arrays of its format, in the order of the
 // format's part_names, all in device memory.
 //
@@ -29,6 +35,9 @@ constexpr int kMaxParts = 4;
 //
 //   bsr: crow_indices int32 (ceil(rows / block_rows) + 1), col_indices int32 (blocks), values T
 //   (blocks * block_rows * block_cols), each block row-major
+//
+//   bsr_nhwc: as bsr for rows x (taps * ceil(C / block_cols)) blocks, a tap being r * S + s of the
+//   filter; col_indices int32 (blocks, 2), a tap and a block of the group's channels
 //
 //   tile8: chunk_offsets int32 (groups + 1), counts uint8 (groups * block_rows), offsets uint8 and
 //   values T (4 a chunk); a group is block_rows rows by block_cols columns, see tile8_spmm.cuh
@@ -38,6 +47,8 @@ struct Weight {
   int64_t cols;
   int64_t block_rows;
   int64_t block_cols;
+  int64_t stored;      // blocks, of bsr and bsr_nhwc
+  int64_t index_size;  // numbers that say a block's place: 2 of bsr_nhwc, else 1
 };
 
 // y = clamp(W x + bias + residual, lower, upper). The clamp is always there: plain infinities when
@@ -65,10 +76,13 @@ struct SpmmCall {
   int64_t columns;  // N
   int64_t batch;
   Epilogue epilogue;
+  float* workspace = nullptr;  // what a launcher may overwrite, workspace_floats() of it or nothing
 };
 
-// y (B, C_out, P, Q) from x (B, C_in, H, W), both contiguous; row m of the weight belongs to group
-// m / (rows / groups) and column (c * kernel_h + r) * kernel_w + s to channel c of that group.
+// y (B, C_out, P, Q) from x (B, C_in, H, W), both contiguous, or for bsr_nhwc both with channels
+// last in memory: x (B, H, W, C_in), y (B, P, Q, C_out) and a residual as y. Row m of the weight
+// belongs to group m / (rows / groups) and column (c * kernel_h + r) * kernel_w + s to channel c of
+// that group.
 struct Conv2dCall {
   Weight weight;
   const void* x;
@@ -83,6 +97,7 @@ struct Conv2dCall {
   int64_t dilation_h, dilation_w;
   int64_t groups;
   Epilogue epilogue;
+  float* workspace = nullptr;
 };
 
 using SpmmLauncher = cudaError_t (*)(const SpmmCall& call, cudaStream_t stream);

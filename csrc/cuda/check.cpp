@@ -41,14 +41,17 @@ const void* check_part(const Input& input, const Tensor& part, const char* name,
 
 int64_t blocks_along(int64_t size, int64_t block) { return (size + block - 1) / block; }
 
-// Lengths only: what the arrays hold is on the device, and reading it would wait for the stream.
+// Lengths and shapes only: what the arrays hold is on the device, and reading it would wait for the
+// stream.
 void check_compressed(const Input& input, const Parts& parts, Weight& weight) {
-  const int64_t stored = parts[1].numel();
+  weight.index_size = parts[1].dim() == 2 ? 2 : 1;
+  weight.stored = parts[1].numel() / weight.index_size;
   weight.parts[0] = check_part(input, parts[0], "crow_indices", ScalarType::Int,
                                blocks_along(weight.rows, weight.block_rows) + 1);
-  weight.parts[1] = check_part(input, parts[1], "col_indices", ScalarType::Int, stored);
+  weight.parts[1] = check_part(input, parts[1], "col_indices", ScalarType::Int,
+                               weight.stored * weight.index_size);
   weight.parts[2] = check_part(input, parts[2], "values", input.type,
-                               stored * weight.block_rows * weight.block_cols);
+                               weight.stored * weight.block_rows * weight.block_cols);
 }
 
 void check_tile8(const Input& input, const Parts& parts, Weight& weight) {
@@ -63,9 +66,10 @@ void check_tile8(const Input& input, const Parts& parts, Weight& weight) {
 }
 
 // values of CSR are (nnz,), those of blocks (blocks, block_rows, block_cols), even when a block is
-// 1 x 1; tile8 has a fourth part.
+// 1 x 1; an index of bsr_nhwc is two numbers; tile8 has a fourth part.
 std::string_view format_of(const Parts& parts) {
   if (parts.size() == 4) return "tile8";
+  if (parts[1].dim() == 2) return "bsr_nhwc";
   return parts[2].dim() == 1 ? "csr" : "bsr";
 }
 
@@ -76,22 +80,31 @@ Ints shape_of(const Tensor& tensor) {
   return {sizes.begin(), sizes.end()};
 }
 
-Input as_input(const Tensor& x) {
+MemoryFormat layout_for(const Parts& parts) {
+  return parts.size() == 3 && format_of(parts) == "bsr_nhwc" ? MemoryFormat::ChannelsLast
+                                                             : MemoryFormat::Contiguous;
+}
+
+Input as_input(const Tensor& x, MemoryFormat layout) {
   STD_TORCH_CHECK(x.is_cuda(), "x: expected a CUDA tensor, as the weight is; move it with .cuda()");
   const ScalarType type = x.scalar_type();
   STD_TORCH_CHECK(
       type == ScalarType::Float || type == ScalarType::Half || type == ScalarType::BFloat16,
       "x: expected float32, float16 or bfloat16");
-  return {x.is_contiguous() ? x : torch::stable::contiguous(x), type, x.get_device_index()};
+  const bool plain = layout == MemoryFormat::Contiguous;
+  STD_TORCH_CHECK(plain || x.dim() == 4, "x: expected (B, C_in, H, W), got rank ", x.dim());
+  return {plain && x.is_contiguous() ? x : torch::stable::contiguous(x, layout), type,
+          x.get_device_index(), layout};
 }
 
-Tensor as_operand(const Input& input, const Tensor& tensor, const char* name) {
+Tensor as_operand(const Input& input, const Tensor& tensor, const char* name, MemoryFormat layout) {
   STD_TORCH_CHECK(tensor.is_cuda() && tensor.get_device_index() == input.device, name,
                   ": expected a tensor on device ", input.device,
                   ", where x is; move it with .to(x.device)");
   STD_TORCH_CHECK(tensor.scalar_type() == input.type, name, ": expected ", type_name(input.type),
                   ", the type of x; convert it with .to(x.dtype)");
-  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+  if (layout == MemoryFormat::Contiguous && tensor.is_contiguous()) return tensor;
+  return torch::stable::contiguous(tensor, layout);
 }
 
 CheckedWeight as_weight(const Input& input, const Parts& parts, const Ints& meta,
@@ -135,20 +148,31 @@ HeldEpilogue as_epilogue(const Input& input, const OptionalTensor& bias,
   if (bias) {
     STD_TORCH_CHECK(bias->dim() == 1 && bias->numel() == rows, "bias: expected ", rows,
                     " elements, got shape ", describe(shape_of(*bias)));
-    held.bias = as_operand(input, *bias, "bias");
+    held.bias = as_operand(input, *bias, "bias", MemoryFormat::Contiguous);
     held.pointers.bias = held.bias->const_data_ptr();
   }
   if (residual) {
     STD_TORCH_CHECK(shape_of(*residual) == shape, "residual: expected the result's shape ",
                     describe(shape), ", got ", describe(shape_of(*residual)));
-    held.residual = as_operand(input, *residual, "residual");
+    held.residual = as_operand(input, *residual, "residual", input.layout);
     held.pointers.residual = held.residual->const_data_ptr();
   }
   return held;
 }
 
 Tensor new_output(const Input& input, const Ints& shape) {
-  return torch::stable::new_empty(input.x, {shape.data(), shape.size()});
+  if (input.layout == MemoryFormat::Contiguous)
+    return torch::stable::new_empty(input.x, {shape.data(), shape.size()});
+  return torch::stable::empty({shape.data(), shape.size()}, input.type, std::nullopt,
+                              input.x.device(), std::nullopt, input.layout);
+}
+
+Workspace new_workspace(const Input& input, int64_t floats) {
+  if (floats == 0) return {};
+  Workspace workspace;
+  workspace.tensor = torch::stable::new_empty(input.x, {&floats, 1}, ScalarType::Float);
+  workspace.floats = static_cast<float*>(workspace.tensor->mutable_data_ptr());
+  return workspace;
 }
 
 cudaStream_t current_stream(const Input& input) {

@@ -10,16 +10,23 @@
 
 namespace sparselt::cuda {
 
-// x, contiguous, and what follows from it: everything else must have its type and be on its device.
+using torch::headeronly::MemoryFormat;
+
+// x, contiguous in `layout`, and what follows from it: everything else must have its type and be on
+// its device; residual and result are laid out alike.
 struct Input {
   Tensor x;
   torch::headeronly::ScalarType type;
   int32_t device;
+  MemoryFormat layout;
 };
-Input as_input(const Tensor& x);
+Input as_input(const Tensor& x, MemoryFormat layout = MemoryFormat::Contiguous);
 
-// A contiguous tensor of the input's type on its device; `name` is for the error.
-Tensor as_operand(const Input& input, const Tensor& tensor, const char* name);
+// The layout of x that kernels for a convolution's weight read.
+MemoryFormat layout_for(const Parts& parts);
+
+// A tensor of the input's type on its device, contiguous in `layout`; `name` is for the error.
+Tensor as_operand(const Input& input, const Tensor& tensor, const char* name, MemoryFormat layout);
 
 // The weight as a launcher wants it and the kernel to run; `dims` is the rank of the weight's dense
 // shape.
@@ -41,8 +48,15 @@ HeldEpilogue as_epilogue(const Input& input, const OptionalTensor& bias,
                          const OptionalTensor& residual, const OptionalBound& lower,
                          const OptionalBound& upper, int64_t rows, const Ints& shape);
 
-// An uninitialised contiguous tensor of the input's type on its device.
+// An uninitialised tensor of the input's type and layout on its device.
 Tensor new_output(const Input& input, const Ints& shape);
+
+// Uninitialised float32 on the input's device, which lives as long as the tensor; null for none.
+struct Workspace {
+  OptionalTensor tensor;
+  float* floats = nullptr;
+};
+Workspace new_workspace(const Input& input, int64_t floats);
 
 // PyTorch's current stream on the input's device.
 cudaStream_t current_stream(const Input& input);

@@ -75,8 +75,7 @@ __device__ __forceinline__ void load_matrices(uint32_t (&fragments)[4], const vo
 // mma.m16n8k16.
 __device__ __forceinline__ void multiply_tile(float (&sums)[4], const uint32_t (&a)[4], uint32_t b0,
                                               uint32_t b1, __half) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, "
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, "
       "%9}, "
       "{%0, %1, %2, %3};"
       : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
@@ -84,12 +83,19 @@ __device__ __forceinline__ void multiply_tile(float (&sums)[4], const uint32_t (
 }
 __device__ __forceinline__ void multiply_tile(float (&sums)[4], const uint32_t (&a)[4], uint32_t b0,
                                               uint32_t b1, __nv_bfloat16) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
       "{%8, %9}, "
       "{%0, %1, %2, %3};"
       : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// The value, or the nearest of two limits; a NaN stays a NaN.
+__device__ __forceinline__ float clamp(float value, float lower, float upper) {
+  float clamped;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(clamped) : "f"(value), "f"(lower));
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(clamped) : "f"(clamped), "f"(upper));
+  return clamped;
 }
 
 constexpr size_t kSharedWithoutAsking =
@@ -120,6 +126,24 @@ cudaError_t launch(void (*kernel)(Call), int64_t blocks, int threads, size_t sha
 __host__ __device__ constexpr int64_t ceil_div(int64_t value, int64_t unit) {
   return (value + unit - 1) / unit;
 }
+
+// Division of numbers below 2^31 by one that the CPU knows: a multiplication and a shift. With l
+// the bits of divisor - 1 and m = floor(2^32 (2^l - divisor) / divisor) + 1, value / divisor is
+// (high(m value) + value) >> l (Granlund and Montgomery, 1994).
+struct Divisor {
+  uint32_t divisor = 1;
+  uint32_t multiplier = 1;
+  uint32_t shift = 0;
+  Divisor() = default;
+  explicit Divisor(int64_t by) : divisor(static_cast<uint32_t>(by)) {
+    while ((int64_t{1} << shift) < by) ++shift;
+    multiplier = static_cast<uint32_t>((((uint64_t{1} << shift) - divisor) << 32) / divisor + 1);
+  }
+  __device__ __forceinline__ int quotient(int value) const {
+    const uint32_t number = static_cast<uint32_t>(value);
+    return static_cast<int>((__umulhi(multiplier, number) + number) >> shift);
+  }
+};
 
 __device__ __forceinline__ float to_float(float value) { return value; }
 __device__ __forceinline__ float to_float(__half value) { return __half2float(value); }
@@ -194,6 +218,16 @@ __device__ __forceinline__ void load_vector_or_each(float (&to)[kCount], const T
   } else {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) to[i] = to_float(from[i]);
+  }
+}
+
+template <class T, int kCount>
+__device__ __forceinline__ void store_vector_or_each(T* to, const float (&from)[kCount]) {
+  if (reinterpret_cast<uintptr_t>(to) % sizeof(Vector<T, kCount>) == 0) {
+    store_vector(to, from);
+  } else {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) to[i] = from_float<T>(from[i]);
   }
 }
 

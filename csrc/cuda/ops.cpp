@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include "cuda/block_plan.h"
 #include "cuda/check.h"
 
 namespace sparselt::cuda {
@@ -19,6 +20,17 @@ int64_t out_size(const char* name, int64_t size, int64_t kernel, int64_t stride,
   STD_TORCH_CHECK(kernel > 0 && size + 2 * padding >= reach, name, ": the padded input (",
                   size + 2 * padding, ") is smaller than the kernel's reach (", reach, ")");
   return (size + 2 * padding - reach) / stride + 1;
+}
+
+// The call with the workspace that its kernel can use, and its launch.
+template <class Call, class Launcher>
+void run(const Input& input, const KernelInfo& kernel, Launcher launcher, Call call) {
+  const bool blocks = kernel.format == "bsr" || kernel.format == "bsr_nhwc";
+  const size_t element = kernel.dtype == "float32" ? 4 : 2;
+  const Workspace workspace = new_workspace(input, blocks ? workspace_floats(call, element) : 0);
+  call.workspace = workspace.floats;
+  const DeviceGuard guard(input.device);
+  check_launch(kernel, launcher(call, current_stream(input)));
 }
 
 }  // namespace
@@ -46,8 +58,7 @@ Tensor spmm(Tensor x, Parts parts, Ints meta, OptionalTensor bias, OptionalTenso
                       columns,
                       1,
                       held.pointers};
-  const DeviceGuard guard(input.device);
-  check_launch(*checked.kernel, checked.kernel->spmm(call, current_stream(input)));
+  run(input, *checked.kernel, checked.kernel->spmm, call);
   return y;
 }
 
@@ -77,15 +88,14 @@ Tensor linear(Tensor x, Parts parts, Ints meta, OptionalTensor bias, OptionalTen
                       columns,
                       1,
                       held.pointers};
-  const DeviceGuard guard(input.device);
-  check_launch(*checked.kernel, checked.kernel->spmm(call, current_stream(input)));
+  run(input, *checked.kernel, checked.kernel->spmm, call);
   return y;
 }
 
 Tensor conv2d(Tensor x, Parts parts, Ints meta, OptionalTensor bias, OptionalTensor residual,
               Ints stride, Ints padding, Ints dilation, int64_t groups, OptionalBound lower,
               OptionalBound upper, std::string kernel) {
-  const Input input = as_input(x);
+  const Input input = as_input(x, layout_for(parts));
   const CheckedWeight checked = as_weight(input, parts, meta, kernel, "conv2d", 4);
   STD_TORCH_CHECK(x.dim() == 4, "x: expected (B, C_in, H, W), got rank ", x.dim());
   STD_TORCH_CHECK(stride.size() == 2 && padding.size() == 2 && dilation.size() == 2,
@@ -121,8 +131,7 @@ Tensor conv2d(Tensor x, Parts parts, Ints meta, OptionalTensor bias, OptionalTen
                         dilation[1],
                         groups,
                         held.pointers};
-  const DeviceGuard guard(input.device);
-  check_launch(*checked.kernel, checked.kernel->conv2d(call, current_stream(input)));
+  run(input, *checked.kernel, checked.kernel->conv2d, call);
   return y;
 }
 

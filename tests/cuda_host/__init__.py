@@ -152,6 +152,7 @@ class Host:
         batch_major: bool = False,
         schedule: int = 0,
         offset: int = 0,
+        workspace: bool = True,
     ) -> Tensor:
         """Runs an spmm kernel.
 
@@ -166,6 +167,7 @@ class Host:
             batch_major: hands x over as (..., N, K) and y as (..., N, M), as linear layers do.
             schedule: the order of threads: 0 ascending, 1 descending, others a seed.
             offset: elements by which arrays miss the alignment that fresh tensors have.
+            workspace: whether the kernel gets the workspace it can use.
 
         Returns:
             (..., M, N), in the kernel's type.
@@ -181,7 +183,8 @@ class Host:
         arrays = [*weight_arrays(weight), x, None, bias, residual]
         size = math.prod(shape)
         aligned = TILE8_CHUNK if weight.name == "tile8" else 1
-        y = self._call(kernel, schedule, integers, (lower, upper), arrays, size, offset, aligned)
+        how = (schedule, workspace)
+        y = self._call(kernel, how, integers, (lower, upper), arrays, size, offset, aligned)
         return y.view(*shape[:-2], columns, rows).mT if batch_major else y.view(shape)
 
     def conv2d(
@@ -201,8 +204,11 @@ class Host:
         groups: int = 1,
         schedule: int = 0,
         offset: int = 0,
+        workspace: bool = True,
     ) -> Tensor:
         """Runs a conv2d kernel on x (B, C_in, H, W); arguments as of `spmm`.
+
+        Kernels of format "bsr_nhwc" get x and the residual with channels last, and give y so.
 
         Returns:
             (B, C_out, *out_size), in the kernel's type.
@@ -210,15 +216,21 @@ class Host:
         shape = (x.shape[0], weight.rows, *out_size)
         integers = [weight.rows, weight.cols, *weight.block, *x.shape, *out_size]
         integers += [*weight.shape[2:], *stride, *padding, *dilation, groups]
+        channels_last = weight.name == "bsr_nhwc"
+        if channels_last:
+            x = x.movedim(1, -1)
+            residual = None if residual is None else residual.movedim(1, -1)
         arrays = [*weight_arrays(weight), x, None, bias, residual]
-        size = math.prod(shape)
-        y = self._call(kernel, schedule, integers, (lower, upper), arrays, size, offset)
+        how = (schedule, workspace)
+        y = self._call(kernel, how, integers, (lower, upper), arrays, math.prod(shape), offset)
+        if channels_last:
+            return y.view(shape[0], *shape[2:], shape[1]).movedim(-1, 1)
         return y.view(shape)
 
     def _call(
         self,
         kernel: str,
-        schedule: int,
+        how: tuple[int, bool],
         integers: Sequence[int],
         limits: tuple[float | None, float | None],
         arrays: Sequence[Tensor | None],
@@ -241,7 +253,7 @@ class Host:
         infinity = math.inf
         lower, upper = (-infinity if limits[0] is None else limits[0]), limits[1]
         header = (
-            f"{kernel} {schedule}\n{' '.join(map(str, integers))}\n"
+            f"{kernel} {how[0]} {int(how[1])}\n{' '.join(map(str, integers))}\n"
             f"{lower} {infinity if upper is None else upper}\n{' '.join(sizes)}\n"
         )
         answer = self._exchange(header.encode() + b"".join(sent), outputs * dtype.itemsize)

@@ -132,6 +132,9 @@ inline unsigned __ballot_sync(unsigned mask, bool vote) {
   return votes;
 }
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
+inline unsigned __umulhi(unsigned a, unsigned b) {
+  return static_cast<unsigned>(static_cast<uint64_t>(a) * b >> 32);
+}
 inline int __ffs(int bits) { return __builtin_ffs(bits); }
 template <class T>
 T __ldg(const T* from) {
@@ -158,6 +161,8 @@ T max(T a, T b) {
 using std::fmaf;
 
 namespace sparselt::cuda {
+
+constexpr int kMultiprocessors = 2;  // a small machine, which small cases fill
 
 inline unsigned char* shared_memory() { return cuda_host::shared_memory(); }
 inline void copy_async_16(void* shared, const void* global, bool valid = true) {
@@ -223,6 +228,11 @@ void multiply_tile(float (&sums)[4], const uint32_t (&a)[4], uint32_t b0, uint32
       sums[i] = fmaf(left, right, sums[i]);
     }
   }
+}
+
+inline float clamp(float value, float lower, float upper) {
+  value = value < lower ? lower : value;  // written so that a NaN stays a NaN
+  return value > upper ? upper : value;
 }
 
 template <class Call>

@@ -3,8 +3,8 @@
 // Runs registered CUDA kernels by name on this CPU, one request after the other, from standard
 // input to standard output.
 //
-//   request    a line "kernel schedule", a line of the call's integers, a line "lower upper" of
-//   floats, a line of pairs
+//   request    a line "kernel schedule workspace" (1: the call gets one), a line of the call's
+//   integers, a line "lower upper" of floats, a line of pairs
 //              "bytes offset" for each of the weight's 4 parts, x, y, bias and residual (-1 0:
 //              absent); then the bytes of all that are present but y. `offset` bytes is how far
 //              past a 256-byte boundary the array starts.
@@ -21,6 +21,7 @@
 #include <string>
 #include <vector>
 
+#include "cuda/block_plan.h"
 #include "cuda/calls.h"
 #include "faults.h"
 
@@ -102,54 +103,83 @@ unsigned char* data(const Arrays& arrays, size_t i) {
   return arrays[i] ? arrays[i]->data : nullptr;
 }
 
+// What a request gives beside the fields of a call.
+struct Request {
+  std::vector<int64_t> integers;
+  std::vector<float> limits;
+  Arrays arrays;
+  bool with_workspace = false;
+};
+
 template <class Call>
-void fill_common(Call& call, const std::vector<int64_t>& n, const std::vector<float>& limits,
-                 const Arrays& arrays) {
+void fill_common(Call& call, const Request& request, std::string_view format) {
+  const std::vector<int64_t>& n = request.integers;
+  const Arrays& arrays = request.arrays;
   for (size_t i = 0; i < kMaxParts; ++i) call.weight.parts[i] = data(arrays, i);
   call.weight.rows = n[0];
   call.weight.cols = n[1];
   call.weight.block_rows = n[2];
   call.weight.block_cols = n[3];
+  call.weight.index_size = format == "bsr_nhwc" ? 2 : 1;
+  if (arrays[1])
+    call.weight.stored = static_cast<int64_t>(arrays[1]->bytes / 4) / call.weight.index_size;
   call.x = data(arrays, kX);
   call.y = data(arrays, kY);
-  call.epilogue = {data(arrays, kBias), data(arrays, kResidual), limits[0], limits[1]};
+  call.epilogue = {data(arrays, kBias), data(arrays, kResidual), request.limits[0],
+                   request.limits[1]};
 }
 
-SpmmCall spmm_call(const std::vector<int64_t>& n, const std::vector<float>& limits,
-                   const Arrays& arrays) {
+SpmmCall spmm_call(const Request& request, std::string_view format) {
+  const std::vector<int64_t>& n = request.integers;
   SpmmCall call{};
-  fill_common(call, n, limits, arrays);
+  fill_common(call, request, format);
   call.x_row = n.at(4), call.x_column = n.at(5), call.x_batch = n.at(6);
   call.y_row = n.at(7), call.y_column = n.at(8), call.y_batch = n.at(9);
   call.columns = n.at(10), call.batch = n.at(11);
   return call;
 }
 
-cudaError_t start(SpmmLauncher launcher, const std::vector<int64_t>& n,
-                  const std::vector<float>& limits, const Arrays& arrays) {
-  return launcher(spmm_call(n, limits, arrays), nullptr);
+// With a workspace of the size asked for, if any, full of NaN.
+template <class Launcher, class Call>
+cudaError_t start(Launcher launcher, Call call, const Request& request, std::string_view format,
+                  size_t element) {
+  const bool blocks = request.with_workspace && format.substr(0, 3) == "bsr";
+  const int64_t floats = blocks ? workspace_floats(call, element) : 0;
+  if (floats == 0) return launcher(call, nullptr);
+  const Array workspace(static_cast<size_t>(floats) * sizeof(float), 0);
+  std::memset(workspace.data, kGuard, workspace.bytes);
+  call.workspace = reinterpret_cast<float*>(workspace.data);
+  return launcher(call, nullptr);
 }
 
-cudaError_t start(Conv2dLauncher launcher, const std::vector<int64_t>& n,
-                  const std::vector<float>& limits, const Arrays& arrays) {
+cudaError_t start(SpmmLauncher launcher, const Request& request, std::string_view format,
+                  size_t element) {
+  return start(launcher, spmm_call(request, format), request, format, element);
+}
+
+cudaError_t start(Conv2dLauncher launcher, const Request& request, std::string_view format,
+                  size_t element) {
+  const std::vector<int64_t>& n = request.integers;
   Conv2dCall call{};
-  fill_common(call, n, limits, arrays);
+  fill_common(call, request, format);
   call.batch = n.at(4), call.channels = n.at(5), call.height = n.at(6), call.width = n.at(7);
   call.out_height = n.at(8), call.out_width = n.at(9), call.kernel_h = n.at(10),
   call.kernel_w = n.at(11);
   call.stride_h = n.at(12), call.stride_w = n.at(13), call.padding_h = n.at(14),
   call.padding_w = n.at(15);
   call.dilation_h = n.at(16), call.dilation_w = n.at(17), call.groups = n.at(18);
-  return launcher(call, nullptr);
+  return start(launcher, call, request, format, element);
 }
 
-cudaError_t run(const std::string& name, const std::vector<int64_t>& integers,
-                const std::vector<float>& limits, const Arrays& arrays) {
-  if (faults::is_fault(name)) return faults::run_fault(name, spmm_call(integers, limits, arrays));
-#define START_cpu(kernel)
-#define START_cuda(kernel) \
-  if (name == #kernel) return start(&kernel, integers, limits, arrays);
-#define KERNEL(kernel, op, format, device, ...) START_##device(kernel)
+constexpr size_t element_bytes(std::string_view dtype) { return dtype == "float32" ? 4 : 2; }
+
+cudaError_t run(const std::string& name, const Request& request) {
+  if (faults::is_fault(name)) return faults::run_fault(name, spmm_call(request, "csr"));
+#define START_cpu(kernel, format, dtype)
+#define START_cuda(kernel, format, dtype) \
+  if (name == #kernel) return start(&kernel, request, #format, element_bytes(#dtype));
+#define KERNEL(kernel, op, format, device, isa, tile_rows, tile_columns, dtype) \
+  START_##device(kernel, format, dtype)
 #include "kernels.inc"
 #undef KERNEL
 #undef START_cuda
@@ -165,19 +195,20 @@ int main() {
     std::istringstream words(line);
     std::string name;
     unsigned schedule = 0;
-    words >> name >> schedule;
-    const std::vector<int64_t> integers = read_integers();
-    std::vector<float> limits;
+    Request request;
+    words >> name >> schedule >> request.with_workspace;
+    request.integers = read_integers();
     std::getline(std::cin, line);
     // strtof and not >>: the latter knows no infinities.
-    for (char* rest = line.data(); limits.size() < 2;) limits.push_back(std::strtof(rest, &rest));
-    const Arrays arrays = read_arrays();
+    for (char* rest = line.data(); request.limits.size() < 2;)
+      request.limits.push_back(std::strtof(rest, &rest));
+    request.arrays = read_arrays();
     cuda_host::set_schedule(schedule);
-    const cudaError_t result = run(name, integers, limits, arrays);
+    const cudaError_t result = run(name, request);
     std::cout << static_cast<int>(result) << '\n';
     if (result == cudaSuccess) {
-      std::cout.write(reinterpret_cast<const char*>(arrays[kY]->data),
-                      static_cast<std::streamsize>(arrays[kY]->bytes));
+      std::cout.write(reinterpret_cast<const char*>(request.arrays[kY]->data),
+                      static_cast<std::streamsize>(request.arrays[kY]->bytes));
     }
     std::cout.flush();
   }
