@@ -4,8 +4,8 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/headeronly/util/Exception.h>
 
-#include "cuda/block_plan.h"
 #include "cuda/check.h"
+#include "cuda/split_plan.h"
 
 namespace sparselt::cuda {
 namespace {
@@ -25,9 +25,8 @@ int64_t out_size(const char* name, int64_t size, int64_t kernel, int64_t stride,
 // The call with the workspace that its kernel can use, and its launch.
 template <class Call, class Launcher>
 void run(const Input& input, const KernelInfo& kernel, Launcher launcher, Call call) {
-  const bool blocks = kernel.format == "bsr" || kernel.format == "bsr_nhwc";
   const size_t element = kernel.dtype == "float32" ? 4 : 2;
-  const Workspace workspace = new_workspace(input, blocks ? workspace_floats(call, element) : 0);
+  const Workspace workspace = new_workspace(input, workspace_floats(kernel.format, call, element));
   call.workspace = workspace.floats;
   const DeviceGuard guard(input.device);
   check_launch(kernel, launcher(call, current_stream(input)));

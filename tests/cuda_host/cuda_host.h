@@ -165,6 +165,26 @@ namespace sparselt::cuda {
 constexpr int kMultiprocessors = 2;  // a small machine, which small cases fill
 
 inline unsigned char* shared_memory() { return cuda_host::shared_memory(); }
+using SharedPlace = uintptr_t;
+inline SharedPlace shared_place(const void* pointer) {
+  return reinterpret_cast<SharedPlace>(pointer);
+}
+inline SharedPlace place_of_byte(SharedPlace first, uint32_t word, int i, uint32_t unit) {
+  return first + unit * (word >> (8 * i) & 0xff);
+}
+template <class V>
+V load_shared(SharedPlace place) {
+  if (place % (sizeof(V) < 16 ? sizeof(V) : 16) != 0)
+    cuda_host::fail("an unaligned load from shared memory");
+  V value;
+  std::memcpy(&value, reinterpret_cast<const void*>(place), sizeof(V));
+  return value;
+}
+template <class V>
+void store_shared(SharedPlace place, V value) {
+  if (place % sizeof(V) != 0) cuda_host::fail("an unaligned store to shared memory");
+  *reinterpret_cast<V*>(place) = value;
+}
 inline void copy_async_16(void* shared, const void* global, bool valid = true) {
   cuda_host::copy_async(shared, global, 16, valid);
 }

@@ -21,8 +21,8 @@
 #include <string>
 #include <vector>
 
-#include "cuda/block_plan.h"
 #include "cuda/calls.h"
+#include "cuda/split_plan.h"
 #include "faults.h"
 
 #if defined(__SANITIZE_ADDRESS__)
@@ -143,8 +143,7 @@ SpmmCall spmm_call(const Request& request, std::string_view format) {
 template <class Launcher, class Call>
 cudaError_t start(Launcher launcher, Call call, const Request& request, std::string_view format,
                   size_t element) {
-  const bool blocks = request.with_workspace && format.substr(0, 3) == "bsr";
-  const int64_t floats = blocks ? workspace_floats(call, element) : 0;
+  const int64_t floats = request.with_workspace ? workspace_floats(format, call, element) : 0;
   if (floats == 0) return launcher(call, nullptr);
   const Array workspace(static_cast<size_t>(floats) * sizeof(float), 0);
   std::memset(workspace.data, kGuard, workspace.bytes);
