@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -29,22 +30,35 @@ except ImportError as _error:
     )
     raise MissingDependencyError(f"sparselt's extension does not load: {_why}") from _error
 
-# The CUDA half of the operators, where it was built.
-if importlib.util.find_spec("sparselt._C_cuda") is not None:
-    importlib.import_module("sparselt._C_cuda")
+# The CUDA half of the operators; None where it was not built.
+_cuda = (
+    None
+    if importlib.util.find_spec("sparselt._C_cuda") is None
+    else importlib.import_module("sparselt._C_cuda")
+)
 
-__all__ = ["build_id", "check_kernel", "conv_shape", "isa", "kernels"]
+__all__ = ["build_id", "check_kernel", "conv_shape", "isa", "kernels", "served"]
 
 
 @cache
-def kernels() -> tuple[KernelInfo, ...]:
+def kernels(cuda_device: int = 0) -> tuple[KernelInfo, ...]:
     """Every kernel of the registry, in order of preference, and whether it can run here.
+
+    Args:
+        cuda_device: the index of the CUDA device that CUDA kernels are asked about.
 
     Example:
         >>> [kernel.name for kernel in kernels() if kernel.op == "spmm" and kernel.usable][-1]
         'bsr_spmm_scalar'
     """
-    return tuple(KernelInfo(**entry) for entry in _C.kernels())
+    found = (KernelInfo(**entry) for entry in _C.kernels())
+    return tuple(_on_cuda(k, cuda_device) if k.device == "cuda" else k for k in found)
+
+
+def _on_cuda(kernel: KernelInfo, device: int) -> KernelInfo:
+    """A CUDA kernel as a device meets it; asked only here, since asking starts the driver."""
+    reason = _NOT_BUILT if _cuda is None else _cuda.why_unusable(kernel.features[0], device)
+    return replace(kernel, usable=not reason, reason=reason)
 
 
 def isa() -> str:
@@ -67,45 +81,75 @@ def build_id() -> str:
     return digest.hexdigest()[:32]
 
 
-# Operations and formats that some kernel of this machine runs. A constant, not a cached function:
-# torch.compile traces through those.
-_SERVED = frozenset(
-    (op, kernel.format) for kernel in kernels() if kernel.usable for op in kernel.operations
-)
+_NOT_BUILT = "sparselt was built without its CUDA module; `sparselt doctor` says what it takes"
+
+
+def served() -> frozenset[tuple[str, str, str, str]]:
+    """(device, operation, format, dtype) that some kernel of this build serves.
+
+    Whether a GPU is new enough is left to the call: no device is asked.
+    """
+    return frozenset(
+        (kernel["device"], op, kernel["format"], kernel["dtype"])
+        for kernel in _C.kernels()
+        if (kernel["usable"] if kernel["device"] == "cpu" else _cuda is not None)
+        for op in KernelInfo(**kernel).operations
+    )
+
+
+# A constant, not a cached function: torch.compile traces through those.
+_SERVED = served()
 
 
 def _format_of(parts: Sequence[Tensor]) -> str:
-    if len(parts) == 5:
-        return "sell"
+    if len(parts) > 3:
+        return "sell" if len(parts) == 5 else "tile8"
     return "csr" if parts[-1].dim() == 1 else "bsr"
 
 
-def check_kernel(name: str, op: str, parts: Sequence[Tensor], block_rows: int) -> None:
-    """Refuses a kernel that cannot run `op` on a weight of these parts.
+def check_kernel(
+    name: str, op: str, parts: Sequence[Tensor], block_rows: int, dtype: str = "float32"
+) -> None:
+    """Refuses a kernel that cannot run `op` on a weight of these parts, where they are.
 
     Args:
         name: the kernel's; empty for the first of the registry that fits.
         op: "spmm" or "conv2d".
         parts: the weight's.
         block_rows: rows of its blocks (of its slices in SELL).
+        dtype: what is computed in, without the "torch." prefix.
 
     Raises:
-        KernelError: no kernel runs `op` on the weight's format, or not the named one.
+        KernelError: no kernel runs `op` on the weight's format, device and type, or not the named
+            one.
     """
-    format_name = _format_of(parts)
-    if name == "" and (op, format_name) in _SERVED:
+    format_name, values = _format_of(parts), parts[-1]
+    device = "cuda" if values.is_cuda else "cpu"
+    served = (device, op, format_name, dtype) in _SERVED
+    if name == "" and served:
         return
-    serving = [kernel for kernel in kernels() if kernel.serves(op, format_name, block_rows)]
-    if (op, format_name) not in _SERVED:
+    if device == "cuda" and _cuda is None:
+        raise KernelError(
+            explain_mismatch("weight", "a weight on the CPU", values.device, _NOT_BUILT)
+        )
+    if not served:
+        formats = sorted({key[2] for key in _SERVED if (*key[:2], key[3]) == (device, op, dtype)})
+        known = f"a format {op} has in {dtype} on {device} ({', '.join(formats)})"
         hint = "pack the weight with format='csr'"
-        raise KernelError(explain_mismatch("weight", f"a format {op} has", format_name, hint))
+        raise KernelError(explain_mismatch("weight", known, format_name, hint))
+    serving = [
+        kernel
+        for kernel in kernels(values.get_device() if device == "cuda" else 0)
+        if kernel.serves(op, format_name, block_rows)
+        and (kernel.device, kernel.dtype) == (device, dtype)
+    ]
     for kernel in serving:
         if kernel.name == name:
             if not kernel.usable:
                 raise KernelError(f"kernel {name} cannot run here: {kernel.reason}")
             return
-    known = ", ".join(k.name for k in serving if k.usable)
-    raise KernelError(explain_mismatch("kernel", f"one of {known}", repr(name)))
+    usable = ", ".join(k.name for k in serving if k.usable)
+    raise KernelError(explain_mismatch("kernel", f"one of {usable}", repr(name)))
 
 
 def conv_shape(
@@ -190,3 +234,37 @@ for _name, _fake in _FAKES.items():
 for _name in ("spmm", "linear", "conv2d"):
     # Under autocast inputs arrive in a narrower type; kernels compute in float32 either way.
     torch.library.register_autocast(f"sparselt::{_name}", "cpu", torch.float32)
+
+
+_library = torch.library.Library("sparselt", "FRAGMENT")  # type: ignore[no-untyped-call]
+
+
+def _under_cuda_autocast(operator: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """An operator that casts to autocast's type first, as torch's own products do on CUDA."""
+
+    def call(
+        x: Tensor,
+        parts: list[Tensor],
+        meta: list[int],
+        bias: Tensor | None,
+        residual: Tensor | None,
+        *rest: object,
+    ) -> Tensor:
+        dtype = torch.get_autocast_dtype("cuda")
+
+        def cast(tensor: Tensor | None) -> Tensor | None:
+            return tensor.to(dtype) if tensor is not None else None
+
+        values = [*parts[:-1], parts[-1].to(dtype)]
+        # A name stands for one type.
+        kernel = rest[-1] if parts[-1].dtype is dtype else ""
+        operands = (x.to(dtype), values, meta, cast(bias), cast(residual))
+        with torch.autocast("cuda", enabled=False):
+            return operator(*operands, *rest[:-1], kernel)
+
+    return call
+
+
+for _name in ("spmm", "linear", "conv2d"):
+    _call = _under_cuda_autocast(getattr(torch.ops.sparselt, _name).default)
+    _library.impl(_name, _call, "AutocastCUDA")  # type: ignore[no-untyped-call]

@@ -4,11 +4,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 from torch import Tensor, nn
 
 from sparselt import ops
+from sparselt.cuda_rules import FEW_COLUMNS_FORMATS, SEMI_STRUCTURED, preference
 from sparselt.errors import KernelError, OptionError, explain_mismatch
 from sparselt.packed import zero_block
 from sparselt.plan import DENSE, Candidate, Facts, KernelInfo, Plan, candidates
@@ -52,9 +55,16 @@ def facts_of(module: nn.Module, kept: Tensor, columns: int | None = None) -> Fac
                 groups=int(getattr(module, "groups", 1)),
                 device=weight.device.type,
                 dtype=str(weight.dtype).removeprefix("torch."),
+                two_of_four=weight.is_cuda and _is_two_of_four(kept),
             )
     kinds = ", ".join(kind.__name__ for kind in LAYER_OPS)
     raise OptionError(explain_mismatch("module", f"one of {kinds}", type(module).__name__))
+
+
+def _is_two_of_four(kept: Tensor) -> bool:
+    if kept.dim() != 2 or kept.shape[1] % 4 or not kept.numel():
+        return False
+    return int(kept.reshape(-1, 4).sum(1).max()) <= 2
 
 
 def sparse_plan(facts: Facts, format: str, kernel: str = "") -> Plan:
@@ -62,7 +72,7 @@ def sparse_plan(facts: Facts, format: str, kernel: str = "") -> Plan:
 
     Args:
         facts: of the layer.
-        format: "auto", "csr", "bsr" or "sell".
+        format: "auto", "csr", "bsr", "sell" or "tile8".
         kernel: name of the kernel that must run; empty for the first that applies, or for the one
             that SPARSELT_KERNEL names if it serves the operation.
 
@@ -81,9 +91,11 @@ def sparse_plan(facts: Facts, format: str, kernel: str = "") -> Plan:
     if named is not None and named.op == "spmv":
         facts = replace(facts, columns=1)  # who names it has few
     format = _format_for(facts, format, named)
+    if format in FEW_COLUMNS_FORMATS:
+        facts = replace(facts, columns=1)
     if format == "bsr" and facts.block == (1, 1):
         facts = replace(facts, block=(4, 1))
-    considered = [c for c in candidates(facts, kernels) if c.kernel != DENSE]
+    considered = _sparse_candidates(facts, kernels)
     if named is not None and (kernel or any(c.kernel == wanted for c in considered)):
         considered = [c for c in considered if c.kernel == wanted] or [
             Candidate(wanted, named.format, False, f"is a {named.op} kernel")
@@ -101,5 +113,12 @@ def _format_for(facts: Facts, format: str, named: KernelInfo | None) -> str:
         return format
     if named is not None:
         return named.format
+    if facts.device == "cuda":
+        applies = [c.format for c in _sparse_candidates(facts, ops.kernels()) if c.applies]
+        return min(applies, key=partial(preference, facts), default="csr")
     # Convolutions have no block kernel yet.
     return "bsr" if facts.op == "linear" and facts.block != (1, 1) else "csr"
+
+
+def _sparse_candidates(facts: Facts, kernels: Sequence[KernelInfo]) -> list[Candidate]:
+    return [c for c in candidates(facts, kernels) if c.kernel not in (DENSE, SEMI_STRUCTURED)]

@@ -23,9 +23,9 @@ from sparselt.errors import (
     explain_mismatch,
 )
 from sparselt.facts import facts_of, sparse_plan
-from sparselt.formats import pack
-from sparselt.packed import PackedWeight, pack_dense_key
-from sparselt.plan import DENSE, FORMAT_CHOICES, Plan
+from sparselt.moving import place_of, plan_at
+from sparselt.packed import PackedWeight, pack_as, pack_dense_key
+from sparselt.plan import DENSE, FORMAT_CHOICES, SEMI_STRUCTURED, Plan
 
 __all__ = [
     "SPARSE_LAYERS",
@@ -79,16 +79,14 @@ class SparseLayer(nn.Module):
             setattr(self, name, getattr(module, name))
         weight, bias = module.weight, module.bias
         assert isinstance(weight, Tensor)
-        block = None if plan.block == (1, 1) else plan.block
-        self.weight = PackedWeight(pack(weight.detach(), mask, plan.format, block))
+        self.weight = PackedWeight(pack_as(weight.detach(), mask, plan.format, plan.block))
         copied = nn.Parameter(bias.detach().clone(), False) if isinstance(bias, Tensor) else None
         self.register_parameter("bias", copied)
         self.lower = self.upper = None
+        self.weight.to(weight.dtype)
         self.kernel, self.plan = plan.kernel, plan
+        self._place, self._plans = place_of(weight), {place_of(weight): plan}
         self.train(module.training)
-        if weight.dtype is not _FLOAT32:
-            self.to(weight.dtype)
-            self.kernel, self.plan = plan.kernel, plan
 
     @classmethod
     def from_dense(
@@ -129,7 +127,7 @@ class SparseLayer(nn.Module):
         if not isinstance(module, cls.dense_kind):
             kind = type(module).__name__
             raise OptionError(explain_mismatch("module", f"an nn.{cls.dense_kind.__name__}", kind))
-        if format not in FORMAT_CHOICES or format == DENSE:
+        if format not in FORMAT_CHOICES or format in (DENSE, SEMI_STRUCTURED):
             raise OptionError(explain_mismatch("format", "'auto', 'csr' or 'bsr'", repr(format)))
         kept = module.weight != 0 if mask is None else mask != 0
         assert isinstance(kept, Tensor)
@@ -143,7 +141,7 @@ class SparseLayer(nn.Module):
             An nn.Linear, nn.Conv1d or nn.Conv2d whose parameters require no gradient.
         """
         # The two left out are results of the constructor, not arguments.
-        names = [name for name in self.attributes if name not in ("transposed", "output_padding")]
+        names = set(self.attributes) - {"transposed", "output_padding"}
         arguments: dict[str, Any] = {name: getattr(self, name) for name in names}
         dense = self.dense_kind(**arguments, bias=self.bias is not None, device="meta")
         dense.weight = nn.Parameter(self.weight.to_dense(), False)
@@ -189,23 +187,26 @@ class SparseLayer(nn.Module):
             bounded = self.lower is not None or self.upper is not None
             return result.clamp(self.lower, self.upper) if bounded else result
         narrow = got in (_FLOAT32, torch.float16, torch.bfloat16)
-        if got is own and narrow and input.is_cuda:
+        cast = torch.is_autocast_enabled(input.device.type)
+        if input.is_cuda and narrow and (got is own or cast):
             return self._run(input, parts, self.bias)
-        if not narrow or (got is not own and not torch.is_autocast_enabled(input.device.type)):
+        if not narrow or (got is not own and not cast):
             hint = f"convert the input with .to({own}) or the layer with .to({got})"
             raise DtypeError(explain_mismatch("input", own, got, hint))
         bias = self.bias.float() if self.bias is not None else None
         return self._run(input.float(), [*parts[:-1], parts[-1].float()], bias).to(got)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        before = self.weight.device.type, self.weight.dtype
+        weight, plan = self.weight, self.plan
+        place = place_of(fn(torch.empty(0, dtype=weight.dtype, device=weight.device)))
+        if place != self._place:
+            plan = plan_at(self._plans, place, self, weight)
+        # Packed on the CPU, which knows every format.
+        if weight.device.type != "cuda":
+            weight.repack(plan.format, plan.block)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        after = self.weight.device.type, self.weight.dtype
-        # On the CPU one kernel serves all types: others are converted on the way.
-        if after[0] != before[0] or (after[0] == "cuda" and after[1] != before[1]):
-            self.kernel = ""
-            reason = f"moved to {after[0]}, {after[1]} after planning: the first kernel that fits"
-            self.plan = Plan("", self.weight.format, reason, block=self.weight.block)
+        weight.repack(plan.format, plan.block)
+        self._place, self.kernel, self.plan = place, plan.kernel, plan
         return self
 
     def _load_from_state_dict(

@@ -3,11 +3,12 @@
 
 Each function checks its arguments, then calls one operator of the extension
 (``torch.ops.sparselt``): registered with a fake kernel, so that torch.compile and torch.export see
-through it. All of them run forward only, in float32, and compute
+through it. All of them run forward only and compute
 
     y = clamp(op(x, weight) + bias + residual, lower, upper)
 
-in one pass over y; ``lower=0.0`` is a ReLU, ``lower=0.0, upper=6.0`` a ReLU6.
+in one pass over y; ``lower=0.0`` is a ReLU, ``lower=0.0, upper=6.0`` a ReLU6. On the CPU everything
+is float32; on CUDA it is float32, float16 or bfloat16, all operands alike, and sums are float32.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ from sparselt.errors import (
 from sparselt.extension import check_kernel, conv_shape, isa, kernels
 
 __all__ = ["conv1d", "conv2d", "isa", "kernels", "linear", "spmm"]
+
+_CUDA_TYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class PackedMatrix(Protocol):
@@ -57,15 +60,16 @@ def spmm(
 
     Args:
         weight: (M, K), from `sparselt.pack`.
-        x: (K, N) float32, on the weight's device. Not contiguous is allowed, and copied.
-        bias: (M,) float32, added to each column.
-        residual: (M, N) float32, added to the product.
+        x: (K, N), on the weight's device; float32, on CUDA also float16 or bfloat16, as the weight
+            is. Not contiguous is allowed, and copied.
+        bias: (M,), added to each column.
+        residual: (M, N), added to the product.
         lower: the least value of y; None for no bound.
         upper: the largest value of y; None for no bound.
         kernel: the kernel to run, by name; empty for the first usable one.
 
     Returns:
-        (M, N) float32, contiguous.
+        (M, N), contiguous, in the type of x.
 
     Raises:
         ShapeError, DtypeError, DeviceError: an argument does not fit the weight.
@@ -103,16 +107,16 @@ def linear(
     """A linear layer in torch's layout: y = clamp(x W^T + bias + residual).
 
     Args:
-        x: (..., K) float32.
+        x: (..., K), of types as for `spmm`.
         weight: (M, K), from `sparselt.pack`.
-        bias: (M,) float32.
-        residual: (..., M) float32, added to the product.
+        bias: (M,).
+        residual: (..., M), added to the product.
         lower: the least value of y; None for no bound.
         upper: the largest value of y; None for no bound.
         kernel: the kernel to run (one of spmm's), by name; empty for the first usable one.
 
     Returns:
-        (..., M) float32, contiguous.
+        (..., M), contiguous.
 
     Raises:
         As `spmm`.
@@ -152,9 +156,9 @@ def conv1d(
     """A 1-D convolution (torch's cross-correlation) with a sparse weight.
 
     Args:
-        x: (B, C_in, W) or (C_in, W) float32.
+        x: (B, C_in, W) or (C_in, W), of types as for `spmm`.
         weight: (C_out, C_in / groups, S), from `sparselt.pack`.
-        bias: (C_out,) float32.
+        bias: (C_out,).
         stride: as in `torch.nn.functional.conv1d`.
         padding: numbers, "valid" or "same", likewise.
         dilation: likewise.
@@ -165,7 +169,7 @@ def conv1d(
         kernel: the kernel to run (one of conv2d's), by name; empty for the first usable one.
 
     Returns:
-        (B, C_out, Q) float32, contiguous; without B where x has none.
+        (B, C_out, Q), contiguous; without B where x has none.
 
     Raises:
         As `spmm`; OptionError for a stride, padding, dilation or groups out of range.
@@ -204,9 +208,9 @@ def conv2d(
     """A 2-D convolution (torch's cross-correlation) with a sparse weight.
 
     Args:
-        x: (B, C_in, H, W) or (C_in, H, W) float32.
+        x: (B, C_in, H, W) or (C_in, H, W), of types as for `spmm`.
         weight: (C_out, C_in / groups, R, S), from `sparselt.pack`.
-        bias: (C_out,) float32.
+        bias: (C_out,).
         stride: as in `torch.nn.functional.conv2d`.
         padding: numbers, "valid" or "same", likewise.
         dilation: likewise.
@@ -217,7 +221,7 @@ def conv2d(
         kernel: the kernel to run, by name; empty for the first usable one.
 
     Returns:
-        (B, C_out, P, Q) float32, contiguous; without B where x has none.
+        (B, C_out, P, Q), contiguous; without B where x has none.
 
     Raises:
         As `spmm`; OptionError for a stride, padding, dilation or groups out of range.
@@ -357,17 +361,37 @@ def _check_operands(
     for name, tensor in (("x", x), ("bias", bias), ("residual", residual), ("weight", values)):
         if tensor is None:
             continue
-        if tensor.dtype != torch.float32 and not torch.is_autocast_enabled(x.device.type):
-            raise DtypeError(
-                explain_mismatch(name, "float32", tensor.dtype, f"convert it with {name}.float()")
-            )
         if tensor.device != x.device:
             raise DeviceError(
                 explain_mismatch(name, f"a tensor on {x.device}, as x is", tensor.device, "use .to")
             )
+        _check_dtype(name, tensor, x)
         if tensor.requires_grad and torch.is_grad_enabled():
             raise GradientError(
                 f"{name} requires a gradient, and sparse layers only run forward: call them under "
                 "torch.no_grad(), and train the dense model with its masks instead"
             )
-    check_kernel(kernel, op, weight.parts(), weight.meta()[0])
+    check_kernel(kernel, op, weight.parts(), weight.meta()[0], _computed_in(x))
+
+
+def _check_dtype(name: str, tensor: Tensor, x: Tensor) -> None:
+    """float32 on the CPU; one of CUDA's types, and that of x, there. Autocast converts."""
+    if torch.is_autocast_enabled(x.device.type):
+        return
+    if not x.is_cuda and tensor.dtype != torch.float32:
+        raise DtypeError(
+            explain_mismatch(name, "float32", tensor.dtype, f"convert it with {name}.float()")
+        )
+    if x.is_cuda and tensor.dtype not in _CUDA_TYPES:
+        raise DtypeError(explain_mismatch(name, "float32, float16 or bfloat16", tensor.dtype))
+    if tensor.dtype != x.dtype:
+        hint = f"convert it with {name}.to(dtype={x.dtype})"
+        raise DtypeError(explain_mismatch(name, f"{x.dtype}, as x is", tensor.dtype, hint))
+
+
+def _computed_in(x: Tensor) -> str:
+    """The type that a kernel must compute, without the "torch." prefix."""
+    if not x.is_cuda:
+        return "float32"
+    cast = torch.is_autocast_enabled("cuda")
+    return str(torch.get_autocast_dtype("cuda") if cast else x.dtype).removeprefix("torch.")

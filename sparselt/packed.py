@@ -16,15 +16,18 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from sparselt.errors import FormatError, ShapeError, SparseltError, explain_mismatch
-from sparselt.formats import FORMATS, SELL, SparseWeight, pack
+from sparselt.formats import CSR, FORMATS, SELL, SparseWeight, pack
 
-__all__ = ["PackedWeight", "accept_packed_keys", "pack_dense_key", "zero_block"]
+__all__ = ["PackedWeight", "accept_packed_keys", "pack_as", "pack_dense_key", "zero_block"]
 
-# Block shapes that conversion looks for, largest first: (rows, cols).
+# Block shapes that conversion looks for, largest first: (rows, cols). Tensor cores want large ones.
 _BLOCKS = ((16, 16), (16, 1), (4, 1))
+_CUDA_BLOCKS = ((128, 128), (64, 64), (32, 32), *_BLOCKS)
 # The share of the zeros that must lie in whole zero blocks, and of the stored blocks that must be
 # kept weights, for a block format to be considered.
 _WHOLE = 0.9
+# The formats that state dicts hold; others are layouts of one kernel.
+_PORTABLE = ("csr", "bsr")
 
 
 class PackedWeight(nn.Module):
@@ -52,6 +55,7 @@ class PackedWeight(nn.Module):
     shape: tuple[int, ...]
     block: tuple[int, int]
     _meta: list[int]
+    _nnz: int
 
     def __init__(self, packed: SparseWeight) -> None:
         super().__init__()
@@ -59,7 +63,7 @@ class PackedWeight(nn.Module):
 
     def _adopt(self, packed: SparseWeight) -> None:
         self.format, self.shape, self.block = packed.name, packed.shape, packed.block
-        self._meta = packed.meta()
+        self._meta, self._nnz = packed.meta(), packed.nnz
         # Not register_buffer, which asks for the name as an attribute first: see __getattr__.
         self._buffers.update(zip(packed.part_names, packed.parts(), strict=True))
 
@@ -78,14 +82,29 @@ class PackedWeight(nn.Module):
             [*indices, values.float()], self.shape, None if self.block == (1, 1) else self.block
         )
 
+    def repack(self, format: str, block: tuple[int, int]) -> None:
+        """Changes the format in place; the type of the values stays.
+
+        Args:
+            format: key of `sparselt.formats.FORMATS`.
+            block: (rows, cols); (1, 1) for the format's own.
+        """
+        if format == self.format and block in ((1, 1), self.block):
+            return
+        packed, dtype = self.packed(), self.dtype
+        made = pack_as(packed.to_dense(), packed.mask(), format, block)
+        self._buffers.clear()
+        self._adopt(made)
+        self._buffers["values"] = made.parts()[-1].to(dtype)
+
     def to_dense(self) -> Tensor:
         """The dense weight of shape `shape`, in the type of the stored values."""
         return self.packed().to_dense().to(self.dtype)
 
     @property
     def nnz(self) -> int:
-        """Number of stored values."""
-        return self.parts()[-1].numel()
+        """Number of stored values, as the format counts them."""
+        return self._nnz
 
     @property
     def density(self) -> float:
@@ -152,8 +171,8 @@ class PackedWeight(nn.Module):
     def _save_to_state_dict(
         self, destination: MutableMapping[str, Any], prefix: str, keep_vars: bool
     ) -> None:
-        """Saves what any CPU can read: a kernel's own layout goes as compressed rows."""
-        if self.format != "sell":
+        """Saves what any machine can read: a kernel's own layout goes as compressed rows."""
+        if self.format in _PORTABLE:
             super()._save_to_state_dict(destination, prefix, keep_vars)
             return
         portable = _portable(self.packed())
@@ -173,7 +192,7 @@ class PackedWeight(nn.Module):
         error_msgs: list[str],
     ) -> None:
         """Adopts the parts found, whatever their number of values, after checking every index."""
-        names = FORMATS["csr" if self.format == "sell" else self.format].part_names
+        names = FORMATS[self.format if self.format in _PORTABLE else "csr"].part_names
         absent = [prefix + name for name in names if prefix + name not in state_dict]
         if absent:
             missing_keys.extend(absent if strict else [])
@@ -181,7 +200,7 @@ class PackedWeight(nn.Module):
         try:
             packed = _from_state(state_dict, prefix, self.shape)
             if (packed.name, packed.block) != (self.format, self.block):
-                packed = _repack(packed.to_dense(), packed.mask(), self)
+                packed = pack_as(packed.to_dense(), packed.mask(), self.format, self.block)
         except SparseltError as error:
             error_msgs.append(f"{prefix[:-1]}: {error}")
             return
@@ -195,12 +214,18 @@ class PackedWeight(nn.Module):
 
 
 def _portable(packed: SparseWeight) -> SparseWeight:
-    return packed.to_csr() if isinstance(packed, SELL) else packed
+    if packed.name in _PORTABLE:
+        return packed
+    if isinstance(packed, SELL):
+        return packed.to_csr()
+    return CSR.from_dense(packed.to_dense(), packed.mask())
 
 
-def _repack(dense: Tensor, mask: Tensor | None, like: PackedWeight) -> SparseWeight:
-    block = None if like.block == (1, 1) else like.block
-    return pack(dense, mask, like.format, block)
+def pack_as(
+    dense: Tensor, mask: Tensor | None, format: str, block: tuple[int, int]
+) -> SparseWeight:
+    """`sparselt.formats.pack` for the block of a plan: (1, 1) means the format's own."""
+    return pack(dense, mask, format, None if block == (1, 1) else block)
 
 
 def _from_state(state_dict: Mapping[str, Any], prefix: str, shape: Sequence[int]) -> SparseWeight:
@@ -232,7 +257,7 @@ def pack_dense_key(weight: PackedWeight, state_dict: MutableMapping[str, Any], p
         return
     if tuple(dense.shape) != weight.shape:
         raise ShapeError(explain_mismatch("weight", weight.shape, tuple(dense.shape)))
-    packed = _portable(_repack(dense.detach().float(), None, weight))
+    packed = _portable(pack_as(dense.detach().float(), None, weight.format, weight.block))
     del state_dict[prefix + "weight"]
     for name, part in zip(packed.part_names, packed.parts(), strict=True):
         state_dict[f"{prefix}weight.{name}"] = part
@@ -276,11 +301,12 @@ def _unpack_keys(
     state_dict[prefix + "weight"] = packed.to_dense()
 
 
-def zero_block(kept: Tensor) -> tuple[int, int]:
+def zero_block(kept: Tensor, device: str = "") -> tuple[int, int]:
     """The largest block shape that the zeros of a weight come in; (1, 1) if they do not.
 
     Args:
         kept: (M, ...) bool, True where a weight is kept; flattened to (M, K).
+        device: "cpu" or "cuda", where the weight is to be; empty for where `kept` is.
 
     Returns:
         (rows, cols): at least 90 % of the zeros lie in whole zero blocks of that shape, and at
@@ -292,10 +318,11 @@ def zero_block(kept: Tensor) -> tuple[int, int]:
         (4, 1)
     """
     matrix = kept.flatten(1)
+    device = device or kept.device.type
     rows, cols = matrix.shape
     kept_count = int(matrix.sum())
     zeros = matrix.numel() - kept_count
-    for block_rows, block_cols in _BLOCKS:
+    for block_rows, block_cols in _CUDA_BLOCKS if device == "cuda" else _BLOCKS:
         if zeros == 0 or kept_count == 0 or rows % block_rows or cols % block_cols:
             continue
         tiles = matrix.view(rows // block_rows, block_rows, cols // block_cols, block_cols)

@@ -12,12 +12,15 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from sparselt import cuda_rules
+from sparselt.cuda_rules import SEMI_STRUCTURED
 from sparselt.errors import KernelError, OptionError
-from sparselt.registry import KernelInfo
+from sparselt.registry import Facts, KernelInfo
 
 __all__ = [
     "DENSE",
     "FORMAT_CHOICES",
+    "SEMI_STRUCTURED",
     "Candidate",
     "Facts",
     "KernelInfo",
@@ -28,7 +31,7 @@ __all__ = [
 ]
 
 DENSE = "dense"
-FORMAT_CHOICES = ("auto", "csr", "bsr", "sell", DENSE)
+FORMAT_CHOICES = ("auto", "csr", "bsr", "sell", "tile8", SEMI_STRUCTURED, DENSE)
 
 # Which kernels of the registry serve an operation: linear is spmm, conv1d is conv2d with H = 1.
 _KERNEL_OP = {"spmm": "spmm", "linear": "spmm", "conv1d": "conv2d", "conv2d": "conv2d"}
@@ -57,40 +60,6 @@ _SPMV_BLOCK_COLS = 2**15 - 1
 # A dot product shorter than this (a depthwise filter, a 3-channel first convolution) leaves a
 # sparse kernel too little to skip.
 _SHORTEST_ROW = 32
-
-
-@dataclass(frozen=True)
-class Facts:
-    """What is known about a layer before anything runs.
-
-    Attributes:
-        op: "linear", "spmm", "conv1d" or "conv2d".
-        shape: the weight's logical shape, (M, K) or (C_out, C_in / groups, ...).
-        nnz: kept weights.
-        columns: N of the product: the batch for a linear layer, B * P * Q for a convolution; None
-            when unknown.
-        block: (rows, cols) of the blocks that the zeros come in; (1, 1) when they do not.
-        groups: of a convolution.
-        device: "cpu" or "cuda".
-        dtype: of the weight, without the "torch." prefix.
-        obstacle: why no sparse kernel may serve this layer at all; empty when one may.
-    """
-
-    op: str
-    shape: tuple[int, ...]
-    nnz: int
-    columns: int | None = None
-    block: tuple[int, int] = (1, 1)
-    groups: int = 1
-    device: str = "cpu"
-    dtype: str = "float32"
-    obstacle: str = ""
-
-    @property
-    def density(self) -> float:
-        """Kept weights over all weights; 1.0 for an empty weight."""
-        size = math.prod(self.shape)
-        return self.nnz / size if size else 1.0
 
 
 @dataclass(frozen=True)
@@ -157,6 +126,8 @@ class Plan:
 def candidates(facts: Facts, kernels: Sequence[KernelInfo]) -> tuple[Candidate, ...]:
     """Every kernel of the operation with a verdict, in registry order, and dense at the end.
 
+    On CUDA torch's own 2:4 product comes before dense.
+
     Kernels of another operation are left out; kernels that do not apply say why.
 
     Raises:
@@ -171,6 +142,10 @@ def candidates(facts: Facts, kernels: Sequence[KernelInfo]) -> tuple[Candidate, 
             refusal = _refusal(facts, kernel)
             verdict, block = refusal or "applies", block_for(facts, kernel)
             found.append(Candidate(kernel.name, kernel.format, not refusal, verdict, block))
+    if facts.device == "cuda":
+        refusal = facts.obstacle or cuda_rules.semi_structured_refusal(facts)
+        verdict = refusal or "applies"
+        found.append(Candidate(SEMI_STRUCTURED, SEMI_STRUCTURED, not refusal, verdict))
     found.append(Candidate(DENSE, DENSE, True, "always applies"))
     return tuple(found)
 
@@ -265,6 +240,8 @@ def _refusal(facts: Facts, kernel: KernelInfo) -> str:
         return f"is for at most {_SPMV_COLUMNS} columns"
     if kernel.format not in FORMAT_CHOICES:
         return f"no layer is packed as {kernel.format} yet"
+    if kernel.device == "cuda" and (unfit := cuda_rules.refusal(facts, kernel)):
+        return unfit
     if not kernel.usable:
         return kernel.reason or "not usable on this machine"
     return ""
@@ -330,12 +307,7 @@ def _by_time(
 
 
 def _by_rule(facts: Facts, considered: tuple[Candidate, ...], pool: list[Candidate]) -> Plan:
-    best = pool[0]
-    for item in pool:
-        # Blocks share each activation they load among their rows, so they win where they exist.
-        if item.format == "bsr":
-            best = item
-            break
+    best = _expected_best(facts, pool)
     row = math.prod(facts.shape[1:])
     if row < _SHORTEST_ROW:
         return _dense(
@@ -350,7 +322,16 @@ def _by_rule(facts: Facts, considered: tuple[Candidate, ...], pool: list[Candida
     return _dense(considered, "stays dense: not measured, " + against % "not below")
 
 
+def _expected_best(facts: Facts, pool: list[Candidate]) -> Candidate:
+    """Blocks share each activation they load among their rows, so they win where they exist."""
+    if facts.device == "cuda":
+        return min(pool, key=lambda item: cuda_rules.preference(facts, item.format))
+    return next((item for item in pool if item.format == "bsr"), pool[0])
+
+
 def _pays_below(facts: Facts, best: Candidate) -> float:
+    if facts.device == "cuda":
+        return cuda_rules.pays_below(facts, best.format)
     if best.kernel.endswith("_scalar"):
         return _PAYS_BELOW_SCALAR
     if facts.columns == 1 and best.format == "csr":

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A line of the kernel registry (csrc/kernels.inc) as Python sees it."""
+"""What a plan chooses by: a line of the kernel registry (csrc/kernels.inc), and a layer's facts."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
-__all__ = ["KernelInfo"]
+__all__ = ["Facts", "KernelInfo"]
 
 
 @dataclass(frozen=True)
@@ -47,3 +48,39 @@ class KernelInfo:
         """Whether it runs `op` on weights of `format` with blocks (slices) of `block_rows` rows."""
         fits = self.format != "sell" or self.tile_rows in (1, block_rows)
         return op in self.operations and self.format == format and fits
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known about a layer before anything runs.
+
+    Attributes:
+        op: "linear", "spmm", "conv1d" or "conv2d".
+        shape: the weight's logical shape, (M, K) or (C_out, C_in / groups, ...).
+        nnz: kept weights.
+        columns: N of the product: the batch for a linear layer, B * P * Q for a convolution; None
+            when unknown.
+        block: (rows, cols) of the blocks that the zeros come in; (1, 1) when they do not.
+        groups: of a convolution.
+        device: "cpu" or "cuda".
+        dtype: of the weight, without the "torch." prefix.
+        two_of_four: whether at most two of each four weights of a row, in order, are kept.
+        obstacle: why no sparse kernel may serve this layer at all; empty when one may.
+    """
+
+    op: str
+    shape: tuple[int, ...]
+    nnz: int
+    columns: int | None = None
+    block: tuple[int, int] = (1, 1)
+    groups: int = 1
+    device: str = "cpu"
+    dtype: str = "float32"
+    two_of_four: bool = False
+    obstacle: str = ""
+
+    @property
+    def density(self) -> float:
+        """Kept weights over all weights; 1.0 for an empty weight."""
+        size = math.prod(self.shape)
+        return self.nnz / size if size else 1.0

@@ -31,6 +31,7 @@ __all__ = [
     "SpmmCase",
     "assert_within_bound",
     "conv_cases",
+    "cpu_formats",
     "guarded",
     "guarded_output",
     "guarded_weight",
@@ -303,6 +304,11 @@ def _conv_patterns() -> Iterator[ConvCase]:
     yield ConvCase(1, 3, 2, (1, 1), (3, 3), padding=(1, 1), density=1.0)
     yield ConvCase(1, 3, 2, (5, 5), (2, 4), stride=(5, 4), padding=(3, 1), dilation=(3, 1))
     yield ConvCase(1, 2, 2, (6, 6), (2, 2), stride=(7, 9))
+
+
+def cpu_formats() -> list[str]:
+    """The formats that kernels of the CPU read."""
+    return list(dict.fromkeys(k.format for k in _kernels() if "spmm" in k.operations))
 
 
 def _kernels() -> tuple[KernelInfo, ...]:

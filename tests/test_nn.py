@@ -214,7 +214,7 @@ def test_a_layer_that_moves_to_another_device_gives_up_its_kernel():
     _, sparse, _, _ = pruned("linear")
     sparse.to("meta")
     assert sparse.kernel == ""
-    assert sparse.plan.reason.startswith("moved to meta, torch.float32 after planning")
+    assert sparse.plan.reason.startswith("moved to meta in float32 after planning")
     assert "kernel=first that fits" in repr(sparse)
 
 

@@ -8,14 +8,14 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from cases import ConvCase, SpmmCase, assert_within_bound
+from cases import ConvCase, SpmmCase, assert_within_bound, cpu_formats
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 from torch.nn import functional
 
 from sparselt import ops, reference
 from sparselt.errors import GradientError
-from sparselt.formats import FORMATS, SparseWeight, pack
+from sparselt.formats import SparseWeight, pack
 
 MATRIX = SpmmCase(12, 17, 9, density=0.4)
 FILTERS = ConvCase(2, 4, 6, (9, 11), (3, 3), padding=(1, 1), groups=2)
@@ -54,7 +54,7 @@ def calls(format: str = "csr") -> dict[str, Call]:
 
 ALL_CALLS = [
     pytest.param(format, name, id=f"{format}-{name}")
-    for format in FORMATS
+    for format in cpu_formats()
     for name in calls(format)
 ]
 
@@ -257,7 +257,7 @@ def test_results_own_their_memory() -> None:
 # ---- empty sizes ----
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", cpu_formats())
 @pytest.mark.parametrize(("rows", "cols", "columns"), [(0, 5, 3), (5, 0, 3), (5, 3, 0), (0, 0, 0)])
 def test_empty_matrices_give_bias_and_clamp(
     format: str, rows: int, cols: int, columns: int

@@ -46,7 +46,7 @@ ALLOWED = REQUIRED | {
 
 BASE = {"errors"}
 DATA = BASE | {"formats", "tickets", "plan"}
-LAYER = DATA | {"packed", "ops", "facts", "nn"}
+LAYER = DATA | {"cuda_rules", "packed", "ops", "facts", "moving", "nn"}
 GRAPH = {
     "fuse",
     "layers",
@@ -68,15 +68,17 @@ MAY_IMPORT: dict[str, set[str]] = {
     "formats": BASE,
     "tickets": BASE,
     "registry": BASE,
-    "plan": BASE | {"registry"},
+    "cuda_rules": {"registry"},
+    "plan": BASE | {"registry", "cuda_rules"},
     "reference": BASE | {"formats"},
     "lottery": BASE | {"tickets"},
     "packed": BASE | {"formats"},
     "extension": BASE | {"registry", "_C", "_C_cuda"},
     "ops": DATA | {"extension"},
     "neighbours": BASE | {"extension"},
-    "facts": DATA | {"packed", "ops"},
-    "nn": DATA | {"packed", "ops", "facts"},
+    "facts": DATA | {"cuda_rules", "packed", "ops"},
+    "moving": DATA | {"cuda_rules", "packed", "ops", "facts"},
+    "nn": DATA | {"packed", "ops", "facts", "moving"},
     "tune_cache": {"tickets"},
     "tune": LAYER | {"extension", "tune_cache"},
     "conversion": LAYER | {"tune"},

@@ -10,13 +10,15 @@ from sparselt.formats.base import SparseWeight
 from sparselt.formats.bsr import BSR
 from sparselt.formats.csr import CSR
 from sparselt.formats.sell import SELL
+from sparselt.formats.tile8 import Tile8
 
-__all__ = ["BSR", "CSR", "FORMATS", "SELL", "SparseWeight", "pack"]
+__all__ = ["BSR", "CSR", "FORMATS", "SELL", "SparseWeight", "Tile8", "pack"]
 
 FORMATS: dict[str, type[SparseWeight]] = {
     "csr": CSR,
     "bsr": BSR,
     "sell": SELL,
+    "tile8": Tile8,
 }
 
 
@@ -28,16 +30,16 @@ def pack(
 ) -> SparseWeight:
     """Pack a pruned dense weight into a sparse format.
 
-    float32 is stored. float16 and bfloat16 weights are converted, which is exact; float64 is
-    refused, because rounding is the caller's decision.
+    On the CPU float32 is stored, into which float16 and bfloat16 weights convert exactly; on CUDA
+    the weight's own type is. float64 is refused, because rounding is the caller's decision.
 
     Args:
         weight: (M, K) of a linear layer, (C_out, C_in/groups, S) or (C_out, C_in/groups, R, S) of a
             convolution; float32, float16 or bfloat16, any strides.
         mask: the same shape, bool or 0/1 valued: what to keep. A kept 0.0 stays stored. None keeps
             every weight that is not 0.
-        format: a key of `FORMATS`.
-        block: (rows, cols) of a block, for format "bsr" only; None means (4, 1) there.
+        format: a key of `FORMATS`. "sell" is for the CPU, "tile8" for few columns on CUDA.
+        block: (rows, cols) of a block; None means the format's own, which is (4, 1) for "bsr".
 
     Returns:
         The packed weight on the weight's device; nothing of `weight` is shared or changed.
@@ -47,7 +49,7 @@ def pack(
             0/1, too many stored values for int32.
         ShapeError: another rank, or a mask of another shape.
         DtypeError: weight or mask is not a tensor, or the weight's type is another.
-        DeviceError: weight and mask are on different devices.
+        DeviceError: weight and mask are on different devices, or "sell" is asked for on CUDA.
 
     Example:
         >>> import torch, sparselt
@@ -58,4 +60,5 @@ def pack(
     if not isinstance(format, str) or format not in FORMATS:
         known = ", ".join(repr(name) for name in FORMATS)
         raise FormatError(explain_mismatch("format", f"one of {known}", repr(format)))
-    return FORMATS[format].from_dense(weight, mask, block)
+    packed = FORMATS[format].from_dense(weight, mask, block)
+    return packed.to(dtype=weight.dtype) if packed.device.type == "cuda" else packed

@@ -138,9 +138,21 @@ class SparseWeight(ABC):
         """[block_rows, block_cols, *shape], as the operators take it."""
         return [*self.block, *self.shape]
 
-    def to(self, device: torch.device | str) -> Self:
-        """The same weight with its parts on `device`; parts already there are shared."""
-        return self._trusted(tuple(part.to(device) for part in self._parts), self.shape, self.block)
+    def to(
+        self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> Self:
+        """The same weight elsewhere or in another type; parts that need no change are shared.
+
+        Args:
+            device: where to; None leaves the parts where they are.
+            dtype: of the values: float32, on CUDA also float16 or bfloat16. None leaves it.
+
+        Raises:
+            DeviceError, DtypeError: the format does not exist there, or not in that type.
+        """
+        *indices, values = (part.to(device) for part in self._parts)
+        values = values if dtype is None else values.to(dtype)
+        return self._trusted((*indices, values), self.shape, self.block)
 
     @classmethod
     def from_parts(

@@ -161,7 +161,7 @@ class BSR(SparseWeight):
 
     def to_dense(self) -> Tensor:
         """The dense float32 weight of shape `shape`: stored blocks bit for bit, 0.0 elsewhere."""
-        return self._spread(self.values)
+        return self._spread(self.values.float())
 
     def mask(self) -> Tensor:
         """Bool tensor of shape `shape`: True inside every stored block, kept weight or not."""

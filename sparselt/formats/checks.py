@@ -23,6 +23,7 @@ __all__ = [
     "check_fits_int32",
     "check_parts",
     "check_shape",
+    "check_values_dtype",
     "kept_weights",
 ]
 
@@ -165,10 +166,11 @@ def check_parts(parts: tuple[Any, ...], names: tuple[str, ...], format_name: str
     for part, name in zip(parts, names, strict=True):
         if not isinstance(part, Tensor):
             raise DtypeError(explain_mismatch(name, "a torch.Tensor", type(part).__name__))
-        dtype = torch.float32 if name == "values" else torch.int32
-        if part.dtype != dtype:
-            hint = f"convert it with .to({dtype})"
-            raise DtypeError(explain_mismatch(name, dtype, part.dtype, hint))
+        if name == "values":
+            check_values_dtype(part)
+        elif part.dtype != torch.int32:
+            hint = "convert it with .to(torch.int32)"
+            raise DtypeError(explain_mismatch(name, torch.int32, part.dtype, hint))
         if part.layout != torch.strided or not part.is_contiguous():
             raise FormatError(
                 explain_mismatch(
@@ -184,6 +186,19 @@ def check_parts(parts: tuple[Any, ...], names: tuple[str, ...], format_name: str
                     "use .to(device)",
                 )
             )
+
+
+def check_values_dtype(values: Tensor) -> None:
+    """Kernels of the CPU read float32, those of CUDA float16 and bfloat16 too.
+
+    Raises:
+        DtypeError: the values are of another type.
+    """
+    if values.dtype == torch.float32 or (values.is_cuda and values.dtype in _EXACT_IN_FLOAT32):
+        return
+    expected = "float32, float16 or bfloat16" if values.is_cuda else torch.float32
+    hint = "convert it with .to(torch.float32)"
+    raise DtypeError(explain_mismatch("values", expected, values.dtype, hint))
 
 
 def check_compressed_lengths(crow: Tensor, col: Tensor, rows: int) -> None:

@@ -28,7 +28,7 @@ class CSR(SparseWeight):
     Parts:
         crow_indices: (M + 1) int32; row m owns entries crow_indices[m] to crow_indices[m + 1].
         col_indices: (nnz) int32, strictly rising within a row.
-        values: (nnz) float32.
+        values: (nnz) float32; on CUDA also float16 or bfloat16.
 
     Example:
         >>> import torch
@@ -102,7 +102,7 @@ class CSR(SparseWeight):
     def to_dense(self) -> Tensor:
         """The dense float32 weight of shape `shape`: kept values bit for bit, 0.0 elsewhere."""
         dense = torch.zeros(self.rows * self.cols, device=self.device)
-        dense[self._positions()] = self.values
+        dense[self._positions()] = self.values.float()
         return dense.view(self.shape)
 
     def mask(self) -> Tensor:

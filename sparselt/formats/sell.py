@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from sparselt.errors import DtypeError, FormatError, explain_mismatch
+from sparselt.errors import DeviceError, DtypeError, FormatError, explain_mismatch
 from sparselt.formats.base import SparseWeight
 from sparselt.formats.checks import check_fits_int32, check_parts
 from sparselt.formats.csr import CSR
@@ -136,6 +136,7 @@ class SELL(SparseWeight):
             block: (slice height, block cols); None means (4, 128).
         """
         height, block_cols = block = cls.check_block(block)
+        _check_on_cpu(weight.crow_indices)
         num_blocks = max(1, -(-weight.cols // block_cols))
         entry_rows = torch.repeat_interleave(
             torch.arange(weight.rows), weight.crow_indices.long().diff(), output_size=weight.nnz
@@ -204,6 +205,7 @@ class SELL(SparseWeight):
     def validate(self, full: bool = True) -> None:
         """Check types, ranks and lengths, with `full` every index; see `SparseWeight.validate`."""
         if len(self._parts) == len(self.part_names) and isinstance(self.columns, Tensor):
+            _check_on_cpu(self.columns)
             if self.columns.dtype != torch.int16:
                 raise DtypeError(explain_mismatch("columns", torch.int16, self.columns.dtype))
             check_parts((*self._parts[:3], self.values), (*self.part_names[:3], "values"), "sell")
@@ -281,6 +283,14 @@ class SELL(SparseWeight):
             )
         if torch.unique(rows * self.cols + columns).numel() != rows.numel():
             raise FormatError(explain_mismatch("columns", "each column once a row", "a repetition"))
+
+
+def _check_on_cpu(part: Tensor) -> None:
+    if part.is_cuda:
+        hint = "CUDA kernels read csr, bsr and tile8: pack the weight with format='csr'"
+        raise DeviceError(
+            explain_mismatch("format 'sell'", "a weight on the CPU", part.device, hint)
+        )
 
 
 class _Slices:

@@ -11,7 +11,7 @@ from typing_extensions import Self
 
 from sparselt.errors import DeviceError, DtypeError, FormatError, explain_mismatch
 from sparselt.formats.base import SparseWeight
-from sparselt.formats.checks import check_fits_int32, kept_weights
+from sparselt.formats.checks import check_fits_int32, check_values_dtype, kept_weights
 
 __all__ = ["Tile8"]
 
@@ -34,7 +34,7 @@ class Tile8(SparseWeight):
         chunk_offsets: (groups + 1) int32, chunks before each group; groups go row by row of groups.
         counts: (groups, 32) uint8, stored weights of each row of each group.
         offsets: (chunks, 4) uint8, columns relative to the panel's first; any order within a row.
-        values: (chunks, 4) float32.
+        values: (chunks, 4) float32; on CUDA also float16 or bfloat16.
 
     Its block is (32, 256), or (32, 128) where a row fills a panel, which a byte could not count.
 
@@ -145,7 +145,7 @@ class Tile8(SparseWeight):
         """The dense float32 weight of shape `shape`: kept values bit for bit, 0.0 elsewhere."""
         dense = torch.zeros(self.rows * self.cols, device=self.device)
         places, positions = self._places_and_positions()
-        dense[positions] = self.values.view(-1)[places]
+        dense[positions] = self.values.view(-1)[places].float()
         return dense.view(self.shape)
 
     def mask(self) -> Tensor:
@@ -185,12 +185,14 @@ class Tile8(SparseWeight):
         if len(self._parts) != len(self.part_names):
             names = ", ".join(self.part_names)
             raise FormatError(explain_mismatch("tile8 parts", names, f"{len(self._parts)} parts"))
-        dtypes = (torch.int32, torch.uint8, torch.uint8, torch.float32)
+        dtypes = (torch.int32, torch.uint8, torch.uint8, None)
         parts: tuple[Any, ...] = self._parts
         for name, part, dtype in zip(self.part_names, parts, dtypes, strict=True):
-            if not isinstance(part, Tensor) or part.dtype != dtype:
+            if not isinstance(part, Tensor) or dtype not in (None, part.dtype):
                 got = getattr(part, "dtype", type(part).__name__)
-                raise DtypeError(explain_mismatch(name, dtype, got))
+                raise DtypeError(explain_mismatch(name, dtype or "a torch.Tensor", got))
+            if dtype is None:
+                check_values_dtype(part)
             if part.layout != torch.strided or not part.is_contiguous():
                 raise FormatError(explain_mismatch(name, "a contiguous tensor", "one that is not"))
             if part.device != parts[0].device:

@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a sparse layer runs after it has moved to another device, or changed its type there.
+
+Formats and kernels belong to a device. A layer that moves takes the plan that it had where it goes;
+where it never was, a rule chooses, and the weight is packed anew if it has to be.
+"""
+
+from __future__ import annotations
+
+from collections.abc import MutableMapping
+from dataclasses import replace
+from typing import ClassVar, Protocol
+
+from torch import Tensor
+
+from sparselt import ops
+from sparselt.cuda_rules import FEW_COLUMNS_FORMATS
+from sparselt.errors import KernelError
+from sparselt.facts import sparse_plan
+from sparselt.packed import PackedWeight, zero_block
+from sparselt.plan import Facts, Plan, candidates
+
+__all__ = ["Movable", "Place", "place_of", "plan_at"]
+
+Place = tuple[str, str]
+
+_PLANNED = ("cpu", "cuda")
+_COMPUTED = ("float32", "float16", "bfloat16")
+
+
+def place_of(values: Tensor) -> Place:
+    """Where one plan is right: a device type and, on CUDA, a type of values.
+
+    On the CPU one kernel serves all types: others are converted on the way.
+    """
+    device = values.device.type
+    return device, "" if device == "cpu" else str(values.dtype).removeprefix("torch.")
+
+
+class Movable(Protocol):
+    """What a plan needs to know of a sparse layer; a convolution has `groups` beside these."""
+
+    op: ClassVar[str]
+    kernel: str
+
+
+def plan_at(
+    known: MutableMapping[Place, Plan], place: Place, layer: Movable, weight: PackedWeight
+) -> Plan:
+    """The plan of a layer that goes to a place; always sparse.
+
+    Args:
+        known: the plans that it had, by place; a new one is added.
+        place: of `place_of`.
+        layer: with the kernel that it ran before.
+        weight: still where the layer was.
+
+    Raises:
+        KernelError: no kernel of the place runs the layer.
+    """
+    if weight.device.type not in _PLANNED:
+        return Plan("", weight.format, "its values were on no device", block=weight.block)
+    if place not in known:
+        known[place] = _by_rule(place, layer, weight)
+    return known[place]
+
+
+def _by_rule(place: Place, layer: Movable, weight: PackedWeight) -> Plan:
+    device, dtype = place
+    reason = f"moved to {' in '.join(filter(None, place))} after planning"
+    if device not in _PLANNED or (device == "cuda" and dtype not in _COMPUTED):
+        # Torch computes float64 on the dense weight, and a meta tensor not at all.
+        portable = "csr" if weight.format in ("sell", *FEW_COLUMNS_FORMATS) else weight.format
+        block = weight.block if portable == weight.format else (1, 1)
+        return Plan("", portable, f"{reason}: the first kernel that fits", block=block)
+    mask = weight.packed().mask()
+    facts = Facts(
+        layer.op,
+        weight.shape,
+        int(mask.sum()),
+        # A kernel for few columns tells that there are few.
+        columns=1 if _is_for_few(layer.kernel, weight.format) else None,
+        block=weight.block if weight.format == "bsr" else zero_block(mask, device),
+        groups=int(getattr(layer, "groups", 1)),
+        device=device,
+        dtype=dtype or "float32",
+    )
+    found = [c for c in candidates(facts, ops.kernels()) if c.applies]
+    kept = any((c.format, c.block) == (weight.format, weight.block) for c in found)
+    try:
+        plan = sparse_plan(facts, weight.format if kept else "auto")
+    except KernelError as error:
+        raise KernelError(
+            f"a sparse {layer.op} layer cannot move to {device} in {facts.dtype}: {error}; move "
+            "its to_dense(), or convert the model there"
+        ) from error
+    return replace(plan, reason=f"{plan.kernel}: {reason}, chosen by rule")
+
+
+def _is_for_few(kernel: str, format: str) -> bool:
+    spmv = any(known.name == kernel and known.op == "spmv" for known in ops.kernels())
+    return spmv or format in FEW_COLUMNS_FORMATS

@@ -1,0 +1,254 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tensors that say they are on a CUDA device and keep their values on the CPU.
+
+Under `simulated_cuda()` everything above the kernels meets a GPU that is not there: torch's own
+operators run on the values inside, tensors of two devices refuse each other, and an operator of
+sparselt picks a CUDA kernel from the registry as csrc/cuda/registry.cpp does. That kernel's result
+comes from float64 arithmetic on the unpacked weight, or from its own source (`cuda_host`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from cuda_host import Host
+from torch import Tensor
+from torch.nn import functional
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from sparselt import extension, ops
+from sparselt.extension import conv_shape
+from sparselt.formats import FORMATS, SparseWeight
+from sparselt.registry import KernelInfo
+
+__all__ = ["Gpu", "SimulatedTensor", "simulated_cuda"]
+
+aten = torch.ops.aten
+# What takes tensors of two devices.
+_CROSSING = {aten._to_copy.default, aten.copy_.default, aten.index.Tensor, aten.index_put_.default}
+
+
+class SimulatedTensor(Tensor):
+    """A tensor "on" a CUDA device."""
+
+    values: Tensor
+
+    @staticmethod
+    def __new__(cls, values: Tensor, device: torch.device) -> SimulatedTensor:
+        made = torch.Tensor._make_wrapper_subclass(
+            cls, values.shape, strides=values.stride(), dtype=values.dtype, device=device
+        )
+        made.values = values
+        return made
+
+    def __repr__(self) -> str:
+        return f"SimulatedTensor({self.values}, device={self.device})"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SimulatedTensor:
+        return type(self)(self.values.clone(), self.device)
+
+    # These of torch's ask the CUDA library for its device first.
+    def __int__(self) -> int:
+        return int(self.values)
+
+    def __float__(self) -> float:
+        return float(self.values)
+
+    def __bool__(self) -> bool:
+        return bool(self.values)
+
+    def item(self) -> Any:
+        return self.values.item()
+
+    def tolist(self) -> Any:
+        return self.values.tolist()
+
+    def copy_(self, source: Tensor, non_blocking: bool = False) -> SimulatedTensor:
+        self.values.copy_(inside(source))
+        return self
+
+    def nonzero(self) -> SimulatedTensor:
+        return SimulatedTensor(self.values.nonzero(), self.device)
+
+    def __getitem__(self, index: Any) -> SimulatedTensor:
+        return SimulatedTensor(self.values[inside(index)], self.device)
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        self.values[inside(index)] = inside(value)
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        raise AssertionError(f"{func} met a simulated tensor outside of simulated_cuda()")
+
+
+def inside(tree: Any) -> Any:
+    """The same with the values of simulated tensors in their places."""
+    return pytree.tree_map_only(SimulatedTensor, lambda tensor: tensor.values, tree)
+
+
+class Gpu(TorchDispatchMode):
+    """The mode that runs operators on simulated tensors.
+
+    Attributes:
+        launches: names of the kernels that have run.
+        machine: runs kernels from their sources; None for float64 arithmetic.
+    """
+
+    def __init__(self, machine: Host | None = None) -> None:
+        super().__init__()
+        self.launches: list[str] = []
+        self.machine = machine
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        simulated = [tensor for tensor in tensors if isinstance(tensor, SimulatedTensor)]
+        target = torch.device(kwargs["device"]) if kwargs.get("device") is not None else None
+        if target is not None and target.type == "cuda":
+            target = torch.device("cuda", target.index or 0)
+            kwargs["device"] = torch.device("cpu")
+        if target is None and simulated:
+            target = args[0].device if func is aten.copy_.default else simulated[0].device
+        if func not in _CROSSING:
+            same_device(func, tensors)
+        if func.namespace == "sparselt" and simulated:
+            return self.run(func.__name__.split(".")[0], *args)
+        wrappers = {id(tensor.values): tensor for tensor in simulated}
+        result = func(*inside(tuple(args)), **inside(kwargs))
+        if target is None or target.type != "cuda":
+            return result
+        return pytree.tree_map_only(
+            Tensor, lambda t: wrappers.get(id(t)) or SimulatedTensor(t, target), result
+        )
+
+    def run(self, op: str, x: SimulatedTensor, parts: Sequence[Any], *rest: Any) -> Tensor:
+        """An operator of sparselt: checks what csrc/cuda/check.cpp does, and computes."""
+        (meta, bias, residual, *geometry, lower, upper, name) = rest
+        given = [tensor for tensor in (x, parts[-1], bias, residual) if tensor is not None]
+        assert len({tensor.dtype for tensor in given}) == 1, "operands of several types"
+        format_name = extension._format_of(parts)
+        kernel = find_kernel(name, "conv2d" if op == "conv2d" else "spmm", format_name, x.dtype)
+        self.launches.append(kernel.name)
+        own = [part.values for part in parts]
+        shape, block = meta[2:], None if format_name == "csr" else tuple(meta[:2])
+        weight = FORMATS[format_name].from_parts([*own[:-1], own[-1].float()], shape, block)
+        values = [None if t is None else t.values for t in (x, bias, residual)]
+        compute = self._conv2d if op == "conv2d" else self._spmm
+        y = compute(kernel.name, op, weight, meta, values, geometry, (lower, upper))
+        return SimulatedTensor(y.to(x.dtype).contiguous(), x.device)
+
+    def _spmm(
+        self,
+        kernel: str,
+        op: str,
+        weight: SparseWeight,
+        meta: Any,
+        values: Any,
+        _: Any,
+        limits: Any,
+    ) -> Tensor:
+        x, bias, residual = values
+        shape = (*x.shape[:-1], weight.rows) if op == "linear" else (weight.rows, x.shape[1])
+        columns = x.reshape(-1, weight.cols).mT if op == "linear" else x
+        added = None if residual is None else residual.reshape(-1, weight.rows)
+        added = added.mT if added is not None and op == "linear" else residual
+        if self.machine is not None:
+            turned = op == "linear"
+            y = self.machine.spmm(kernel, weight, columns, bias, added, *limits, batch_major=turned)
+        else:
+            y = finished(weight.to_dense().double() @ columns.double(), bias, added, limits, 0)
+        return y.mT.reshape(shape) if op == "linear" else y
+
+    def _conv2d(
+        self, kernel: str, op: str, weight: SparseWeight, meta: Any, values: Any, geometry: Any,
+        limits: Any,
+    ) -> Tensor:  # fmt: skip
+        x, bias, residual = values
+        stride, padding, dilation, groups = geometry
+        if self.machine is not None:
+            return self.machine.conv2d(
+                kernel,
+                weight,
+                x,
+                bias,
+                residual,
+                *limits,
+                out_size=conv_shape(x, meta, stride, padding, dilation)[2:],
+                stride=stride,
+                padding=padding,
+                dilation=dilation,
+                groups=groups,
+            )
+        dense = weight.to_dense().double().view(meta[2:])
+        y = functional.conv2d(x.double(), dense, None, stride, padding, dilation, groups)
+        return finished(y, bias, residual, limits, 1)
+
+
+def finished(y: Tensor, bias: Any, residual: Any, limits: Any, axis: int) -> Tensor:
+    """Bias along an axis, residual and clamp."""
+    if bias is not None:
+        y = y + bias.double().view([-1 if i == axis else 1 for i in range(y.dim())])
+    y = y if residual is None else y + residual.double()
+    return y if limits == (None, None) else y.clamp(*limits)
+
+
+def find_kernel(name: str, op: str, format_name: str, dtype: torch.dtype) -> KernelInfo:
+    """The kernel that csrc/cuda/registry.cpp would find."""
+    for kernel in ops.kernels():
+        facts = (kernel.device, kernel.op, kernel.format, f"torch.{kernel.dtype}")
+        fits = facts == ("cuda", op, format_name, str(dtype))
+        if fits and name in ("", kernel.name) and kernel.usable:
+            return kernel
+    raise RuntimeError(f"kernel: expected a CUDA kernel for {op} on {format_name}, got {name!r}")
+
+
+def same_device(func: Any, tensors: Sequence[Tensor]) -> None:
+    """Torch's rule: numbers may come from the CPU, everything else from one device."""
+    devices = {tensor.device for tensor in tensors if tensor.dim() or tensor.is_cuda}
+    if len(devices) > 1:
+        raise RuntimeError(f"{func}: expected all tensors to be on the same device, got {devices}")
+
+
+@contextmanager
+def simulated_cuda(
+    monkeypatch: pytest.MonkeyPatch, machine: Host | None = None, reason: str = ""
+) -> Iterator[Gpu]:
+    """A GPU of compute capability 9.0 for the block of code.
+
+    Args:
+        monkeypatch: undoes what is changed of torch and sparselt.
+        machine: runs kernels from their sources.
+        reason: why the device runs no kernels; empty if it does.
+    """
+    module = SimpleNamespace(why_unusable=lambda isa, device: reason)
+    with monkeypatch.context() as patch:
+        # Or else a module writes a moved parameter's data into the old one, a plain tensor.
+        patch.setattr(torch.__future__, "_overwrite_module_params_on_conversion", True)
+        patch.setattr(torch.cuda, "_lazy_init", lambda: None)
+        patch.setattr(Tensor, "cuda", lambda tensor, device=None: tensor.to("cuda:0"))
+        patch.setattr(torch.cuda, "is_available", lambda: True)
+        patch.setattr(torch.cuda, "current_device", lambda: 0)
+        patch.setattr(torch.cuda, "device_count", lambda: 1)
+        patch.setattr(torch.cuda, "synchronize", lambda device=None: None)
+        patch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+        properties = SimpleNamespace(major=9, minor=0, L2_cache_size=50 << 20)
+        patch.setattr(torch.cuda, "get_device_properties", lambda device=None: properties)
+        patch.setattr(torch.cuda, "get_device_name", lambda device=None: "simulated")
+        patch.setattr(extension, "_cuda", module)
+        patch.setattr(extension, "_SERVED", extension.served())
+        extension.kernels.cache_clear()
+        try:
+            with Gpu(machine) as gpu:
+                yield gpu
+        finally:
+            extension.kernels.cache_clear()
