@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from sparselt.capture import Captured
+from sparselt.cuda_graph import GraphedRun, graphed
 from sparselt.explanation import Row
 from sparselt.lowering import Lowered, lower
 from sparselt.plan import DENSE, Plan
@@ -48,6 +49,12 @@ class Planned:
     run: Run
     note: str = ""
     plans: dict[str, Plan] = field(default_factory=dict)
+
+    @property
+    def notes(self) -> list[str]:
+        """Sentences on the whole, for `explain`."""
+        graphs = self.run.note if isinstance(self.run, GraphedRun) else ""
+        return [note for note in (self.note, graphs) if note]
 
 
 class Family:
@@ -107,18 +114,19 @@ class Family:
     def _plan(self, key: Bucket, leaves: Sequence[Any]) -> Planned:
         known = self.known.get(key)
         lowered = self._lower(leaves, self.tuner, self.packed, known)
-        planned = self._planned(lowered)
+        planned = self._planned(lowered, leaves)
         sparse = [row for row in lowered.rows if row.kernel != DENSE]
         if known is not None or not sparse or self.tuner.is_forced:
             return planned
         # Not kept unless it wins: its weights are dense.
         packed: dict[tuple[Any, ...], Any] = {}
         dense = self._lower(leaves, self.tuner.dense(), packed, None)
-        other = self._planned(dense)
+        other = self._planned(dense, leaves)
         calls = {"planned": lambda: planned.run(leaves), "all dense": lambda: other.run(leaves)}
-        if _is_clearly_first(calls):
+        on_cuda = [x for x in leaves if isinstance(x, Tensor) and x.is_cuda]
+        if not on_cuda and _is_clearly_first(calls):
             return planned
-        best = self.tuner.fastest(calls, ("whole", id(self), key))
+        best = self.tuner.fastest(calls, ("whole", id(self), key), on_cuda)
         us = self.tuner.measured(("whole", id(self), key))
         told = ", ".join(f"{name} {value:.0f} us" for name, value in us.items())
         if best == "planned":
@@ -153,7 +161,7 @@ class Family:
             known,
         )
 
-    def _planned(self, lowered: Lowered) -> Planned:
+    def _planned(self, lowered: Lowered, leaves: Sequence[Any]) -> Planned:
         """The flat call: constants that are still read first, then the inputs."""
         graph = lowered.module.graph
         placeholders = [node for node in graph.nodes if node.op == "placeholder"]
@@ -168,7 +176,7 @@ class Family:
         run: Run = lambda leaves: pytree.tree_unflatten(forward(*kept, *leaves), spec)  # noqa: E731
         if spec == pytree.tree_structure(torch.empty(0)):
             run = lambda leaves: forward(*kept, *leaves)[0]  # noqa: E731
-        return Planned(lowered, kept, run, plans=lowered.plans)
+        return Planned(lowered, kept, graphed(run, leaves), plans=lowered.plans)
 
 
 def _is_clearly_first(calls: Mapping[str, Callable[[], object]]) -> bool:

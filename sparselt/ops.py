@@ -376,7 +376,7 @@ def _check_operands(
 
 def _check_dtype(name: str, tensor: Tensor, x: Tensor) -> None:
     """float32 on the CPU; one of CUDA's types, and that of x, there. Autocast converts."""
-    if torch.is_autocast_enabled(x.device.type):
+    if tensor.dtype == x.dtype == torch.float32 or torch.is_autocast_enabled(x.device.type):
         return
     if not x.is_cuda and tensor.dtype != torch.float32:
         raise DtypeError(

@@ -255,6 +255,9 @@ def _with_times(
     timed = []
     for item in considered:
         us = times.get(item.kernel) if item.applies else None
+        if us == math.inf:
+            timed.append(replace(item, applies=False, verdict="failed when it was timed"))
+            continue
         verdict = item.verdict if us is None else f"{_us(us)} us"
         timed.append(replace(item, verdict=verdict, us=us))
     return tuple(timed)

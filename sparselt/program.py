@@ -130,7 +130,7 @@ class Program:
             assert self._converted is not None
             return Explanation(explain(self._converted).rows, self.notes)
         planned = next(iter(self._families[0].planned.values()))
-        notes = [*self.notes, planned.note, _rest(planned)]
+        notes = [*self.notes, *planned.notes, _rest(planned)]
         return Explanation(planned.lowered.rows, [note for note in notes if note])
 
     def profile(self, *args: Any, runs: int = 10, **kwargs: Any) -> Profile:

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from sparselt import ops
+from sparselt.cuda_timer import measure_on_cuda
 from sparselt.extension import build_id
 from sparselt.facts import facts_of, forced_kernel
 from sparselt.nn import SPARSE_LAYERS, SparseLayer
@@ -167,6 +168,7 @@ class Tuner:
 
     def __init__(self, format: str = "auto", weight_bytes: int = 0) -> None:
         self.format = format
+        self.weight_bytes = weight_bytes
         self.cold = weight_bytes > cache_bytes()
         self._times: dict[tuple[object, ...], dict[str, float]] = {}
         self._cache = TimesCache()
@@ -227,16 +229,23 @@ class Tuner:
         """The microseconds that `fastest` has measured for a key, by name."""
         return self._times[("fastest", str(key))]
 
-    def fastest(self, calls: Mapping[str, Callable[[], object]], key: object) -> str:
+    def fastest(
+        self,
+        calls: Mapping[str, Callable[[], object]],
+        key: object,
+        inputs: Sequence[Tensor] = (),
+    ) -> str:
         """The name of the fastest of several calls; the first unless another clearly is.
 
         Args:
             calls: what to time, by name.
             key: what the calls depend on; those of a key met before are not timed again.
+            inputs: of the calls, where they are on a CUDA device.
         """
         known = ("fastest", str(key))
         if known not in self._times:
-            self._times[known] = measure(calls)
+            on_cuda = bool(inputs) and inputs[0].is_cuda
+            self._times[known] = measure_on_cuda(calls, inputs) if on_cuda else measure(calls)
         times = self._times[known]
         first, best = next(iter(calls)), min(times, key=times.__getitem__)
         return best if times[best] <= times[first] * (1 - _MARGIN) else first
@@ -247,16 +256,19 @@ class Tuner:
         """The candidates worth timing: of each format, the one that the registry prefers.
 
         Of spmv kernels, all but the portable one: what a CPU's gather instruction is worth, on
-        which they differ, its instruction sets do not tell.
+        which they differ, its instruction sets do not tell. On CUDA all.
         """
         pool = [c for c in considered if c.applies and c.kernel != DENSE]
         pool = [c for c in reversed(pool) if self.format in ("auto", c.format)]
         infos = {kernel.name: kernel for kernel in kernels}
-        first = {}
+        first: dict[tuple[object, ...], Candidate] = {}
         for item in pool:
-            info = infos[item.kernel]
-            differs = item.block if info.op == "spmv" else ()
-            first[item.format, info.op, differs] = item
+            info = infos.get(item.kernel)
+            if info is None or info.device == "cuda":
+                first[item.kernel,] = item
+            else:
+                differs = item.block if info.op == "spmv" else ()
+                first[item.format, info.op, differs] = item
         return list(first.values())
 
     def _key(
@@ -314,13 +326,19 @@ class Tuner:
             calls: dict[str, Callable[[], object]] = {DENSE: _dense_call(module, x)}
             for item in pool:
                 calls[item.kernel] = _sparse_call(layers[item.format, item.block], item.kernel, x)
-            prepare = self._cool(x) if self.cold and x.is_cpu else None
-            finish = torch.cuda.synchronize if x.is_cuda else None
             spent: dict[str, list[float]] = {}
-            for name, us in measure(calls, prepare=prepare, finish=finish, spent=spent).items():
+            if x.is_cuda:
+                times = measure_on_cuda(calls, [x], self._is_cold_on(x.device))
+            else:
+                prepare = self._cool(x) if self.cold else None
+                times = measure(calls, prepare=prepare, spent=spent)
+            for name, us in times.items():
                 total[name] += us
             settled = settled and _is_settled(list(spent.values()))
         return total, settled
+
+    def _is_cold_on(self, device: torch.device) -> bool:
+        return self.weight_bytes > torch.cuda.get_device_properties(device).L2_cache_size
 
     def _cool(self, x: Tensor) -> Callable[[], object]:
         def prepare() -> None:

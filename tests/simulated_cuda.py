@@ -9,7 +9,10 @@ comes from float64 arithmetic on the unpacked weight, or from its own source (`c
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import contextlib
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
@@ -17,17 +20,17 @@ from typing import Any
 import pytest
 import torch
 from cuda_host import Host
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sparselt import extension, ops
+from sparselt import cuda_graph, extension, ops
 from sparselt.extension import conv_shape
 from sparselt.formats import FORMATS, SparseWeight
 from sparselt.registry import KernelInfo
 
-__all__ = ["Gpu", "SimulatedTensor", "simulated_cuda"]
+__all__ = ["Gpu", "SimulatedGraphs", "SimulatedTensor", "simulated_cuda"]
 
 aten = torch.ops.aten
 # What takes tensors of two devices.
@@ -51,7 +54,10 @@ class SimulatedTensor(Tensor):
         return f"SimulatedTensor({self.values}, device={self.device})"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SimulatedTensor:
-        return type(self)(self.values.clone(), self.device)
+        copied = SimulatedTensor(self.values.clone(), self.device)
+        return (
+            nn.Parameter(copied, self.requires_grad) if isinstance(self, nn.Parameter) else copied
+        )
 
     # These of torch's ask the CUDA library for its device first.
     def __int__(self) -> int:
@@ -127,9 +133,12 @@ class Gpu(TorchDispatchMode):
         result = func(*inside(tuple(args)), **inside(kwargs))
         if target is None or target.type != "cuda":
             return result
-        return pytree.tree_map_only(
-            Tensor, lambda t: wrappers.get(id(t)) or SimulatedTensor(t, target), result
-        )
+
+        def wrap(tensor: Tensor) -> Tensor:
+            known = wrappers.get(id(tensor))
+            return SimulatedTensor(tensor, target) if known is None else known
+
+        return pytree.tree_map_only(Tensor, wrap, result)
 
     def run(self, op: str, x: SimulatedTensor, parts: Sequence[Any], *rest: Any) -> Tensor:
         """An operator of sparselt: checks what csrc/cuda/check.cpp does, and computes."""
@@ -219,6 +228,57 @@ def same_device(func: Any, tensors: Sequence[Tensor]) -> None:
         raise RuntimeError(f"{func}: expected all tensors to be on the same device, got {devices}")
 
 
+class SimulatedEvent:
+    """An event of a stream on which everything has happened when it is recorded."""
+
+    def __init__(self, enable_timing: bool = False) -> None:
+        self.seconds = math.nan
+
+    def record(self, stream: object = None) -> None:
+        self.seconds = time.perf_counter()
+
+    def elapsed_time(self, end: SimulatedEvent) -> float:
+        return 1e3 * (end.seconds - self.seconds)
+
+
+class SimulatedGraphs:
+    """Graphs whose replay calls again what was captured, into the same results.
+
+    Attributes:
+        log: what was asked for, in order.
+        busy: whether the caller records a graph of its own.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.log: list[str] = []
+        self.busy = False
+
+    def can_capture(self) -> bool:
+        return not self.busy
+
+    def capture(self, call: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+        self.log.append("capture")
+        result = call()
+
+        def replay() -> None:
+            self.log.append("replay")
+            for old, new in zip(*map(pytree.tree_leaves, (result, call())), strict=True):
+                if isinstance(old, Tensor):
+                    old.copy_(new)
+
+        return replay, result
+
+    def wait(self) -> None:
+        self.log.append("wait")
+
+    def done(self) -> None:
+        self.log.append("done")
+
+    def settle(self) -> None:
+        self.log.append("settle")
+
+
 @contextmanager
 def simulated_cuda(
     monkeypatch: pytest.MonkeyPatch, machine: Host | None = None, reason: str = ""
@@ -239,11 +299,15 @@ def simulated_cuda(
         patch.setattr(torch.cuda, "is_available", lambda: True)
         patch.setattr(torch.cuda, "current_device", lambda: 0)
         patch.setattr(torch.cuda, "device_count", lambda: 1)
+        patch.setattr(torch.cuda, "Event", SimulatedEvent)
+        patch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
         patch.setattr(torch.cuda, "synchronize", lambda device=None: None)
         patch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
         properties = SimpleNamespace(major=9, minor=0, L2_cache_size=50 << 20)
         patch.setattr(torch.cuda, "get_device_properties", lambda device=None: properties)
         patch.setattr(torch.cuda, "get_device_name", lambda device=None: "simulated")
+        patch.setattr(cuda_graph, "TorchGraphs", SimulatedGraphs)
+        patch.setenv("SPARSELT_CACHE", "off")
         patch.setattr(extension, "_cuda", module)
         patch.setattr(extension, "_SERVED", extension.served())
         extension.kernels.cache_clear()

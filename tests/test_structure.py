@@ -48,6 +48,8 @@ BASE = {"errors"}
 DATA = BASE | {"formats", "tickets", "plan"}
 LAYER = DATA | {"cuda_rules", "packed", "ops", "facts", "moving", "nn"}
 GRAPH = {
+    "cuda_graph",
+    "cuda_timer",
     "fuse",
     "layers",
     "pooling",
@@ -80,7 +82,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "moving": DATA | {"cuda_rules", "packed", "ops", "facts"},
     "nn": DATA | {"packed", "ops", "facts", "moving"},
     "tune_cache": {"tickets"},
-    "tune": LAYER | {"extension", "tune_cache"},
+    "cuda_timer": set(),
+    "tune": LAYER | {"cuda_timer", "extension", "tune_cache"},
     "conversion": LAYER | {"tune"},
     "explanation": LAYER | {"conversion"},
     "fuse": set(),
@@ -92,7 +95,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "profiling": BASE | {"explanation", "tickets"},
     "portable": LAYER | {"capture", "family", "graph_text", "tune"},
     "graph_text": set(),
-    "family": {"plan", "tune", "explanation", "lowering", "capture"},
+    "cuda_graph": BASE,
+    "family": {"cuda_graph", "plan", "tune", "explanation", "lowering", "capture"},
     "dynamo": BASE | {"tune", "explanation", "lowering"},
     "program": WHOLE_MODEL - {"program"},
     "measure": WHOLE_MODEL | {"reference", "sparselt"},
