@@ -10,6 +10,8 @@
 // An Input offers
 //   kBytes                 of one step in shared memory
 //   kByPixels              how it is kept there
+//   kWide                  whether W and x come in aligned 16-byte pieces; if not, each element is
+//                          looked up
 //   look_ahead(row, t)     fetches what stage() will need to know for the step at t
 //   stage(tile, row, t)    starts the copies of the step at t, and looks ahead to the next one
 #pragma once
@@ -18,8 +20,9 @@
 
 namespace sparselt::cuda {
 
-template <class T, int kColumns>
+template <class T, int kColumns, bool kPieces16>
 struct MatrixInput {
+  static constexpr bool kWide = kPieces16;
   static constexpr bool kByPixels = false;
   static constexpr int kPieces = kColumns / kPiece<T>;  // of a row
   static constexpr int kLines = kBlockThreads / kPieces;
@@ -29,15 +32,13 @@ struct MatrixInput {
   int64_t x_row;
   int cols;     // K
   int columns;  // of the tile that exist
-  bool wide;
 
   __device__ MatrixInput(const BlockCall& call, const BlockPlace& place, unsigned char*)
       : x(static_cast<const T*>(call.x) + place.batch * call.x_batch + place.first_column),
         x_row(call.x_row),
         cols(static_cast<int>(call.weight.cols)),
         columns(static_cast<int>(
-            min(call.columns - place.first_column, static_cast<int64_t>(kColumns)))),
-        wide(is_aligned<T>(x, x_row, 16) && columns % kPiece<T> == 0) {}
+            min(call.columns - place.first_column, static_cast<int64_t>(kColumns)))) {}
 
   static constexpr int table_bytes(const BlockCall&) { return 0; }
   __device__ void look_ahead(const BlockRow<T>&, int) {}
@@ -56,7 +57,7 @@ struct MatrixInput {
       }
       T* to = piece_at<T, kPieces>(tile, i + line, piece);
       const T* from = x + k * x_row + column;
-      if (wide) {
+      if constexpr (kWide) {
         copy_async_16(to, from, k < cols && column < columns);
       } else {
         gather_piece(
@@ -77,11 +78,25 @@ struct Tap {
   int offset;
   uint32_t bits;
 };
+// An image and the place in it where an output pixel's patch begins.
+struct OutputPixel {
+  int image, h, w;
+  __device__ OutputPixel(const PixelGeometry& g, int pixel) {
+    const int row = g.by_width.quotient(pixel);
+    image = g.by_height.quotient(row);
+    h = (row - image * g.out_height) * g.stride_h - g.padding_h;
+    w = (pixel - row * g.out_width) * g.stride_w - g.padding_w;
+  }
+  __device__ int64_t patch(const PixelGeometry& g) const {
+    return ((static_cast<int64_t>(image) * g.height + h) * g.width + w) * g.channels;
+  }
+};
 constexpr int kMostTaps = 15;            // along a side; bits 15 and 31 stay free, for
 constexpr uint32_t kNowhere = 1u << 31;  // what no pixel has inside
 
-template <class T, int kColumns, bool kTurned>
+template <class T, int kColumns, bool kTurned, bool kPieces16>
 struct PixelInput {
+  static constexpr bool kWide = kPieces16;
   static constexpr bool kByPixels = !kTurned;
   static constexpr int kPieces = kTurned ? kColumns / kPiece<T> : kRowPieces;
   static constexpr int kBytes = kStep<T> * kColumns * static_cast<int>(sizeof(T));
@@ -90,42 +105,30 @@ struct PixelInput {
   const PixelPlace* places;
   const Tap* taps;
   int group_channels;
-  bool pairs;  // an index is a tap and a block of channels
-  bool wide;
+  bool pairs;       // an index is a tap and a block of channels
   int tap = 0;      // of the piece that this thread copies next
   int channel = 0;  // its block of channels
 
   __device__ PixelInput(const BlockCall& call, const BlockPlace& place, unsigned char* tables)
       : group_channels(call.pixels.group_channels), pairs(call.weight.index_size == 2) {
     const PixelGeometry& g = call.pixels;
-    const auto patch = [&g](int64_t pixel) {
-      const int64_t q = pixel % g.out_width;
-      const int64_t p = pixel / g.out_width % g.out_height;
-      const int64_t image = pixel / g.out_width / g.out_height;
-      return ((image * g.height + p * g.stride_h - g.padding_h) * g.width + q * g.stride_w -
-              g.padding_w) *
-             g.channels;
-    };
-    const int64_t start = patch(place.first_column);
-    const int group = g.group_block_rows.quotient(static_cast<int>(place.block_row));
+    const int first = static_cast<int>(place.first_column);
+    const int64_t start = OutputPixel(g, first).patch(g);
+    const int group = g.by_group.quotient(static_cast<int>(place.block_row));
     x = static_cast<const T*>(call.x) + start + group * g.group_channels;
-    wide = is_aligned<T>(static_cast<const T*>(call.x), g.channels, 16) &&
-           g.group_channels % kPiece<T> == 0 && call.weight.block_cols % kPiece<T> == 0;
 
     auto* pixel_places = reinterpret_cast<PixelPlace*>(tables);
     for (int i = static_cast<int>(threadIdx.x); i < kColumns; i += kBlockThreads) {
-      const int64_t pixel = place.first_column + i;
       PixelPlace found{0, 0};
-      if (pixel < call.columns) {
-        const int64_t h = pixel / g.out_width % g.out_height * g.stride_h - g.padding_h;
-        const int64_t w = pixel % g.out_width * g.stride_w - g.padding_w;
-        found.offset = static_cast<int>(patch(pixel) - start);
+      if (first + i < call.columns) {
+        const OutputPixel pixel(g, first + i);
+        found.offset = static_cast<int>(pixel.patch(g) - start);
         for (int r = 0; r < g.kernel_h; ++r) {
-          const int64_t at = h + r * g.dilation_h;
+          const int at = pixel.h + r * g.dilation_h;
           if (at >= 0 && at < g.height) found.inside |= 1u << r;
         }
         for (int s = 0; s < g.kernel_w; ++s) {
-          const int64_t at = w + s * g.dilation_w;
+          const int at = pixel.w + s * g.dilation_w;
           if (at >= 0 && at < g.width) found.inside |= 1u << (16 + s);
         }
       }
@@ -182,7 +185,7 @@ struct PixelInput {
     const int t = first + my_column();
     if constexpr (kTurned) {
       stage_turned(tile, source(row, t));
-    } else if (wide) {
+    } else if constexpr (kWide) {
       stage_wide(tile, source(row, t));
     } else {
       stage_each(tile, row, t);

@@ -183,18 +183,17 @@ __global__ void __launch_bounds__(kBlockThreads)
 // The kernel for a tile of kRows x kColumns, and where block rows are in parts the one that adds
 // up.
 template <class T, int kRows, int kColumns, class Input, bool kRowsInside>
-cudaError_t launch_blocks(const BlockCall& call, cudaStream_t stream) {
-  const int64_t tiles = ceil_div(call.weight.rows, call.weight.block_rows) *
-                        ceil_div(call.weight.block_rows, kRows) * ceil_div(call.columns, kColumns) *
-                        call.batch;
+cudaError_t launch_blocks(const BlockCall& given, cudaStream_t stream) {
+  BlockCall call = given;
+  const int64_t tiles = fill_grid(call, kRows, kColumns);
   const size_t shared = kTileMemory<kRows, kColumns, Input, kRowsInside> + Input::table_bytes(call);
   cudaError_t result;
   if constexpr (sizeof(T) == 4) {
-    result = launch(multiply_blocks_exactly<kRows, Input, kRowsInside>, tiles * call.splits,
-                    kBlockThreads, shared, stream, call);
+    result = launch(multiply_blocks_exactly<kRows, Input, kRowsInside>, tiles, kBlockThreads,
+                    shared, stream, call);
   } else {
-    result = launch(multiply_blocks_on_tensor_cores<T, kRows, kColumns, Input, kRowsInside>,
-                    tiles * call.splits, kBlockThreads, shared, stream, call);
+    result = launch(multiply_blocks_on_tensor_cores<T, kRows, kColumns, Input, kRowsInside>, tiles,
+                    kBlockThreads, shared, stream, call);
   }
   if (result != cudaSuccess || call.partial == nullptr) return result;
   const int64_t outputs = call.batch * call.weight.rows * call.columns;

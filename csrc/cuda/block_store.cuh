@@ -68,33 +68,29 @@ __device__ __forceinline__ void store_tile(const BlockCall& call, const BlockPla
 #pragma unroll 1
   for (int line = static_cast<int>(threadIdx.x) / kPieces; line < (kRowsInside ? columns : rows);
        line += kBlockThreads / kPieces) {
-    float sums[kPiece<T>];
     const float* from = tile.sums + line * Tile::kPitch + first;
-#pragma unroll
-    for (int i = 0; i < kPiece<T>; i += 4) {
-      float four[4];
-      load_vector(four, from + i);
-#pragma unroll
-      for (int j = 0; j < 4; ++j) sums[i + j] = four[j];
-    }
     const int64_t index = start + line * stride + first;
     const int64_t first_row = kRowsInside ? row + first : row + line;
     if (call.partial != nullptr) {
       float* to = call.partial + place.split * outputs + index;
-#pragma unroll
-      for (int i = 0; i < kPiece<T>; ++i) {
-        if (i < count) to[i] = sums[i];
-      }
+      for (int i = 0; i < count; ++i) to[i] = from[i];
     } else if (count == kPiece<T>) {
+      float sums[kPiece<T>];
+#pragma unroll
+      for (int i = 0; i < kPiece<T>; i += 4) {
+        float four[4];
+        load_vector(four, from + i);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) sums[i + j] = four[j];
+      }
       finish_and_store<T, kRowsInside>(call.epilogue, static_cast<T*>(call.y), first_row, index,
                                        sums);
     } else {
-#pragma unroll
-      for (int i = 0; i < kPiece<T>; ++i) {
-        float one[1] = {sums[i]};
-        if (i < count)
-          finish_and_store<T, kRowsInside>(call.epilogue, static_cast<T*>(call.y),
-                                           first_row + (kRowsInside ? i : 0), index + i, one);
+#pragma unroll 1
+      for (int i = 0; i < count; ++i) {
+        float one[1] = {from[i]};
+        finish_and_store<T, kRowsInside>(call.epilogue, static_cast<T*>(call.y),
+                                         first_row + (kRowsInside ? i : 0), index + i, one);
       }
     }
   }

@@ -165,12 +165,11 @@ __global__ void __launch_bounds__(kStripThreads, 2)
 }
 
 template <class T, int kColumns>
-cudaError_t launch_strips(const BlockCall& call, cudaStream_t stream) {
-  const int64_t strips = ceil_div(call.weight.rows, call.weight.block_rows) *
-                         ceil_div(call.weight.block_rows, kStripRows) *
-                         ceil_div(call.columns, kColumns);
-  return launch(multiply_strips<T, kColumns>, strips, kStripThreads,
-                kStripThreads / kWarpSize * kStripRows * kColumns * sizeof(float), stream, call);
+cudaError_t launch_strips(const BlockCall& given, cudaStream_t stream) {
+  BlockCall call = given;
+  const int64_t strips = fill_grid(call, kStripRows, kColumns);
+  constexpr size_t kShared = kStripWarps * kStripRows * kColumns * sizeof(float);
+  return launch(multiply_strips<T, kColumns>, strips, kStripThreads, kShared, stream, call);
 }
 
 // For columns up to strip_columns(); whether x and W come in pieces is the caller's to know.

@@ -29,7 +29,17 @@ struct PixelGeometry {
   int out_height, out_width;
   int kernel_h, kernel_w;
   int stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w;
-  Divisor group_block_rows;
+  Divisor by_width, by_height;  // of the output
+  Divisor by_group;             // block rows
+};
+
+// How a launch cuts y into tiles, the innermost first. Divisions by these would otherwise be most
+// of what a block of threads does before its first copy.
+struct TileGrid {
+  Divisor slices;  // of a block row
+  Divisor block_rows;
+  Divisor column_tiles;
+  Divisor batch;
 };
 
 // A launch, the same for all blocks of threads.
@@ -43,10 +53,26 @@ struct BlockCall {
   int64_t batch;
   int64_t x_row;  // of an x (K, N)
   int64_t x_batch;
-  Divisor block_cols;
+  TileGrid grid;
+  Divisor by_block_cols;
+  Divisor by_splits;
   PixelGeometry pixels;
   Epilogue epilogue;
 };
+
+// Prepares a call for tiles of rows x columns, and says how many blocks of threads they are.
+inline int64_t fill_grid(BlockCall& call, int64_t rows, int64_t columns) {
+  const Weight& w = call.weight;
+  const int64_t slices = ceil_div(w.block_rows, rows);
+  const int64_t block_rows = ceil_div(w.rows, w.block_rows);
+  const int64_t column_tiles = ceil_div(call.columns, columns);
+  const int64_t tiles = slices * block_rows * column_tiles * call.batch;
+  if (tiles == 0) return 0;
+  call.grid = {Divisor(slices), Divisor(block_rows), Divisor(column_tiles), Divisor(call.batch)};
+  call.by_block_cols = Divisor(w.block_cols);
+  call.by_splits = Divisor(call.splits);
+  return tiles * call.splits;
+}
 
 // Which tile of y a block of threads owns, and which part of its block row's blocks.
 struct BlockPlace {
@@ -54,18 +80,18 @@ struct BlockPlace {
   int first_row;  // in the block row
   int split;
   __device__ BlockPlace(const BlockCall& call, int rows, int columns) {
-    const int64_t slices = ceil_div(call.weight.block_rows, rows);
-    const int64_t block_rows = ceil_div(call.weight.rows, call.weight.block_rows);
-    const int64_t column_tiles = ceil_div(call.columns, columns);
-    int64_t tile = blockIdx.x;
-    first_row = static_cast<int>(tile % slices) * rows;
-    tile /= slices;
-    block_row = tile % block_rows;
-    tile /= block_rows;
-    first_column = tile % column_tiles * columns;
-    tile /= column_tiles;
-    batch = tile % call.batch;
-    split = static_cast<int>(tile / call.batch);
+    int tile = static_cast<int>(blockIdx.x);
+    first_row = take(tile, call.grid.slices) * rows;
+    block_row = take(tile, call.grid.block_rows);
+    first_column = static_cast<int64_t>(take(tile, call.grid.column_tiles)) * columns;
+    batch = take(tile, call.grid.batch);
+    split = tile;
+  }
+  // The remainder; the quotient stays.
+  static __device__ int take(int& number, const Divisor& by) {
+    const int whole = number;
+    number = by.quotient(number);
+    return whole - number * static_cast<int>(by.divisor);
   }
   __device__ int64_t row(const BlockCall& call) const {
     return block_row * call.weight.block_rows + first_row;
@@ -91,13 +117,14 @@ struct BlockRow {
   __device__ BlockRow(const BlockCall& call, const BlockPlace& place, int tile_rows)
       : block_cols(static_cast<int>(call.weight.block_cols)),
         block_size(static_cast<int>(call.weight.block_rows * call.weight.block_cols)),
-        by_cols(call.block_cols) {
+        by_cols(call.by_block_cols) {
     const int32_t* crow = static_cast<const int32_t*>(call.weight.parts[0]) + place.block_row;
-    const int64_t first = crow[0];
-    const int64_t count = crow[1] - first;
-    const int64_t begin = first + count * place.split / call.splits;
-    const int64_t end = first + count * (place.split + 1) / call.splits;
-    depth = static_cast<int>(end - begin) * block_cols;
+    const int first = crow[0];
+    const int count = crow[1] - first;
+    const int each = call.by_splits.quotient(count);
+    const int more = count - each * call.splits;  // so many parts have one block more
+    const int64_t begin = first + each * place.split + min(place.split, more);
+    depth = (each + (place.split < more)) * block_cols;
     indices = static_cast<const int32_t*>(call.weight.parts[1]) + begin * call.weight.index_size;
     weights = static_cast<const T*>(call.weight.parts[2]) + begin * block_size +
               place.first_row * block_cols;
@@ -124,14 +151,15 @@ __device__ __forceinline__ void gather_piece(T* to, const From& from, const Exis
   *reinterpret_cast<Vector<T, kPiece<T>>*>(to) = piece;
 }
 
-// Copies step [first, first + kStep) of W' to shared memory, kRows rows.
-template <class T, int kRows>
+// Copies step [first, first + kStep) of W' to shared memory, kRows rows. kWide: pieces of W never
+// cross a block, and are aligned.
+template <class T, int kRows, bool kWide>
 __device__ __forceinline__ void stage_weights(T* tile, const BlockRow<T>& row, int first) {
   constexpr int kLines = kBlockThreads / kRowPieces;
   const int piece = static_cast<int>(threadIdx.x) % kRowPieces;
   const int line = static_cast<int>(threadIdx.x) / kRowPieces;
   const int t = first + piece * kPiece<T>;
-  if (row.block_cols % kPiece<T> == 0 && is_aligned<T>(row.weights, 0, 16)) {
+  if constexpr (kWide) {
     const T* from = row.weights + row.block_of(t) * (row.block_size - row.block_cols) + t +
                     line * row.block_cols;
 #pragma unroll
@@ -139,16 +167,16 @@ __device__ __forceinline__ void stage_weights(T* tile, const BlockRow<T>& row, i
       copy_async_16(piece_at<T, kRowPieces>(tile, line + i, piece), from + i * row.block_cols,
                     t < row.depth && line + i < row.rows);
     }
-    return;
-  }
+  } else {
 #pragma unroll 1
-  for (int r = line; r < kRows; r += kLines) {
-    const auto from = [&](int i) {
-      const int block = row.block_of(t + i);
-      return row.weights + block * (row.block_size - row.block_cols) + t + i + r * row.block_cols;
-    };
-    gather_piece(piece_at<T, kRowPieces>(tile, r, piece), from,
-                 [&](int i) { return t + i < row.depth && r < row.rows; });
+    for (int r = line; r < kRows; r += kLines) {
+      const auto from = [&](int i) {
+        const int block = row.block_of(t + i);
+        return row.weights + block * (row.block_size - row.block_cols) + t + i + r * row.block_cols;
+      };
+      gather_piece(piece_at<T, kRowPieces>(tile, r, piece), from,
+                   [&](int i) { return t + i < row.depth && r < row.rows; });
+    }
   }
 }
 
@@ -162,7 +190,7 @@ __device__ __forceinline__ void for_each_step(const BlockRow<T>& row, Input& inp
   const auto stage = [&](int step, unsigned char* memory) {
     if (step < steps) {
       input.stage(reinterpret_cast<T*>(memory + kWeightBytes), row, step * kStep<T>);
-      stage_weights<T, kRows>(reinterpret_cast<T*>(memory), row, step * kStep<T>);
+      stage_weights<T, kRows, Input::kWide>(reinterpret_cast<T*>(memory), row, step * kStep<T>);
     }
     copy_commit();
   };

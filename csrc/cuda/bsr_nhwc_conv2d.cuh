@@ -18,9 +18,9 @@
 
 namespace sparselt::cuda {
 
-template <class T, int kRows, int kColumns>
+template <class T, int kRows, int kColumns, bool kWide>
 cudaError_t launch_pixels(const BlockCall& call, cudaStream_t stream) {
-  using Input = PixelInput<T, kColumns, sizeof(T) == 4>;
+  using Input = PixelInput<T, kColumns, sizeof(T) == 4, kWide>;
   return launch_blocks<T, kRows, kColumns, Input, true>(call, stream);
 }
 
@@ -35,7 +35,9 @@ inline PixelGeometry pixel_geometry(const Conv2dCall& conv) {
   g.stride_h = number(conv.stride_h), g.stride_w = number(conv.stride_w);
   g.padding_h = number(conv.padding_h), g.padding_w = number(conv.padding_w);
   g.dilation_h = number(conv.dilation_h), g.dilation_w = number(conv.dilation_w);
-  g.group_block_rows = Divisor(ceil_div(conv.weight.rows / conv.groups, conv.weight.block_rows));
+  g.by_width = Divisor(conv.out_width);
+  g.by_height = Divisor(conv.out_height);
+  g.by_group = Divisor(ceil_div(conv.weight.rows / conv.groups, conv.weight.block_rows));
   return g;
 }
 
@@ -44,8 +46,8 @@ inline bool fits_32_bits(const Conv2dCall& conv) {
   const int64_t most = INT32_MAX;
   const int64_t reach_h = conv.padding_h + conv.dilation_h * conv.kernel_h;
   const int64_t reach_w = conv.padding_w + conv.dilation_w * conv.kernel_w;
-  if (conv.height + reach_h > most || conv.width + reach_w > most || conv.stride_h > most ||
-      conv.stride_w > most)
+  if (conv.batch * conv.out_height * conv.out_width > most || conv.height + reach_h > most ||
+      conv.width + reach_w > most || conv.stride_h > most || conv.stride_w > most)
     return false;
   const int64_t images = ceil_div(256, conv.out_height * conv.out_width) + 1;
   const double image = static_cast<double>(conv.height + reach_h) *
@@ -72,16 +74,23 @@ cudaError_t bsr_nhwc_conv2d(const Conv2dCall& conv, cudaStream_t stream) {
   call.partial = call.splits > 1 ? conv.workspace : nullptr;
   call.columns = pixels;
   call.batch = 1;
-  call.block_cols = Divisor(w.block_cols);
   call.pixels = pixel_geometry(conv);
   call.epilogue = conv.epilogue;
-  if (plan.rows == 16) return launch_pixels<T, 16, 128>(call, stream);
-  if (plan.rows == 32) return launch_pixels<T, 32, 128>(call, stream);
-  if constexpr (sizeof(T) == 2) {
-    if (plan.rows == 128) return launch_pixels<T, 128, 128>(call, stream);
-    if (plan.columns == 256) return launch_pixels<T, 64, 256>(call, stream);
+  // Of float32 only W is copied in pieces.
+  const bool wide = w.block_cols % kPiece<T> == 0 && is_aligned<T>(w.parts[2], 0, 16) &&
+                    (sizeof(T) == 4 || (is_aligned<T>(conv.x, conv.channels, 16) &&
+                                        call.pixels.group_channels % kPiece<T> == 0));
+  if (!wide) {
+    return plan.rows == 16 ? launch_pixels<T, 16, 128, false>(call, stream)
+                           : launch_pixels<T, 64, 128, false>(call, stream);
   }
-  return launch_pixels<T, 64, 128>(call, stream);
+  if (plan.rows == 16) return launch_pixels<T, 16, 128, true>(call, stream);
+  if (plan.rows == 32) return launch_pixels<T, 32, 128, true>(call, stream);
+  if constexpr (sizeof(T) == 2) {
+    if (plan.rows == 128) return launch_pixels<T, 128, 128, true>(call, stream);
+    if (plan.columns == 256) return launch_pixels<T, 64, 256, true>(call, stream);
+  }
+  return launch_pixels<T, 64, 128, true>(call, stream);
 }
 
 }  // namespace sparselt::cuda

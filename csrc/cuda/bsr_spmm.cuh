@@ -32,7 +32,6 @@ inline BlockCall block_call(const SpmmCall& call, int splits) {
   blocks.batch = call.batch;
   blocks.x_row = call.x_row;
   blocks.x_batch = call.x_batch;
-  blocks.block_cols = Divisor(call.weight.block_cols);
   blocks.epilogue = call.epilogue;
   return blocks;
 }
@@ -61,21 +60,29 @@ inline cudaError_t multiply_pixels(const SpmmCall& call, Conv2dLauncher convolut
   return convolution(conv, stream);
 }
 
-template <class T, int kRows>
+template <class T, int kRows, bool kWide>
 cudaError_t launch_rows(const BlockCall& call, cudaStream_t stream) {
-  return launch_blocks<T, kRows, 128, MatrixInput<T, 128>, false>(call, stream);
+  return launch_blocks<T, kRows, 128, MatrixInput<T, 128, kWide>, false>(call, stream);
 }
 
 template <class T>
 cudaError_t multiply_matrix(const SpmmCall& call, cudaStream_t stream) {
-  const BlockPlan plan = plan_blocks(call.weight, call.columns, call.batch, sizeof(T), false);
+  const Weight& w = call.weight;
+  const BlockPlan plan = plan_blocks(w, call.columns, call.batch, sizeof(T), false);
   const BlockCall blocks = block_call(call, call.workspace == nullptr ? 1 : plan.splits);
-  if (plan.rows == 16) return launch_rows<T, 16>(blocks, stream);
-  if (plan.rows == 32) return launch_rows<T, 32>(blocks, stream);
-  if constexpr (sizeof(T) == 2) {
-    if (plan.rows == 128) return launch_rows<T, 128>(blocks, stream);
+  const bool wide = w.block_cols % kPiece<T> == 0 && is_aligned<T>(w.parts[2], 0, 16) &&
+                    is_aligned<T>(call.x, call.x_row, 16) && call.columns % kPiece<T> == 0 &&
+                    call.x_batch % kPiece<T> == 0;
+  if (!wide) {
+    return plan.rows == 16 ? launch_rows<T, 16, false>(blocks, stream)
+                           : launch_rows<T, 64, false>(blocks, stream);
   }
-  return launch_rows<T, 64>(blocks, stream);
+  if (plan.rows == 16) return launch_rows<T, 16, true>(blocks, stream);
+  if (plan.rows == 32) return launch_rows<T, 32, true>(blocks, stream);
+  if constexpr (sizeof(T) == 2) {
+    if (plan.rows == 128) return launch_rows<T, 128, true>(blocks, stream);
+  }
+  return launch_rows<T, 64, true>(blocks, stream);
 }
 
 // `csr` and `convolution` are launchers in the same type: blocks of a single weight are laid out as
