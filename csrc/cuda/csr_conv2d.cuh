@@ -52,11 +52,14 @@ __global__ void __launch_bounds__(kWindowThreads, 2)
   window.fill_tables(tile / tiles_across / tiles_down * tiling.images,
                      tile / tiles_across % tiles_down * tiling.rows,
                      tile % tiles_across * tiling.columns);
-  __syncthreads();
+  const CompressedRows<1, T> weight(conv.weight);
+  const int row = deal_slices(weight, first_row, end_row, reinterpret_cast<int*>(staging));
   float sums[kWarpRows][kLanePixels] = {};
-  multiply_windows(CompressedRows<1, T>(conv.weight), first_row, end_row, window, staging, sums);
+  multiply_windows(weight, row, end_row, window, staging, sums);
 
-  const int64_t row = first_row + static_cast<int>(threadIdx.x) / kWarpSize * kWarpRows;
+  int64_t rows[kWarpRows];
+#pragma unroll
+  for (int r = 0; r < kWarpRows; ++r) rows[r] = __shfl_sync(kFullWarp, row, r);
 #pragma unroll
   for (int i = 0; i < kLanePixels; ++i) {
     const OutputPixel pixel(tiling, tile, tiles_across, tiles_down, i);
@@ -67,10 +70,10 @@ __global__ void __launch_bounds__(kWindowThreads, 2)
         pixel.image * conv.weight.rows * plane + pixel.row * conv.out_width + pixel.column;
 #pragma unroll
     for (int r = 0; r < kWarpRows; ++r) {
-      if (row + r >= end_row) continue;
-      const int64_t index = place + (row + r) * plane;
+      if (rows[r] >= end_row) continue;
+      const int64_t index = place + rows[r] * plane;
       static_cast<T*>(conv.y)[index] =
-          from_float<T>(finish<T>(conv.epilogue, sums[r][i], row + r, index));
+          from_float<T>(finish<T>(conv.epilogue, sums[r][i], rows[r], index));
     }
   }
 }

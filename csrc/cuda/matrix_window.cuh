@@ -147,15 +147,59 @@ __device__ __forceinline__ void store_sums(const SpmmCall& call, int64_t row, in
   }
 }
 
-// The same for the sums that a warp gets from multiply_windows in a tile of x and W.
-template <class T, bool kBatchMajor, int kColumns>
+// Writes the sums that a warp gets from multiply_windows in a tile of x and W; `slice` as there.
+// Rows of a warp do not lie together, so where they are contiguous in y, sums go through shared
+// memory: kSumMemory bytes, which nobody may need any more.
+template <int kBlockRows, class T, bool kBatchMajor, int kColumns>
 __device__ __forceinline__ void store_tile(const SpmmCall& call, int64_t first_row,
-                                           int64_t first_column, int64_t batch,
+                                           int64_t first_column, int64_t batch, int slice,
+                                           unsigned char* shared,
                                            const float (&sums)[kWarpRows][kColumns]) {
+  constexpr int kPitch = kTileRows + 1;
   const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
-  const int64_t row = first_row + static_cast<int>(threadIdx.x) / kWarpSize * kWarpRows;
-  store_sums<T, kBatchMajor>(call, row, call.weight.rows, first_column + lane * kColumns, batch,
-                             sums);
+  float* tile = reinterpret_cast<float*>(shared);
+#pragma unroll
+  for (int b = 0; b < kWarpSlices<kBlockRows>; ++b) {
+    const int64_t row = static_cast<int64_t>(__shfl_sync(kFullWarp, slice, b)) * kBlockRows;
+    if constexpr (kBatchMajor) {
+      float* place = tile + lane * kColumns * kPitch + (row - first_row);
+#pragma unroll
+      for (int r = 0; r < kBlockRows; ++r) {
+#pragma unroll
+        for (int c = 0; c < kColumns; ++c) place[c * kPitch + r] = sums[b * kBlockRows + r][c];
+      }
+    } else {
+#pragma unroll
+      for (int r = 0; r < kBlockRows; ++r) {
+        float line[1][kColumns];
+#pragma unroll
+        for (int c = 0; c < kColumns; ++c) line[0][c] = sums[b * kBlockRows + r][c];
+        store_sums<T, false>(call, row + r, call.weight.rows, first_column + lane * kColumns, batch,
+                             line);
+      }
+    }
+  }
+  if constexpr (kBatchMajor) {
+    __syncthreads();
+    const int rows = static_cast<int>(min(call.weight.rows - first_row, int64_t{kTileRows}));
+    const int columns =
+        static_cast<int>(min(call.columns - first_column, int64_t{kWarpSize * kColumns}));
+    const int row = static_cast<int>(threadIdx.x) % kTileRows;
+    const int64_t start =
+        batch * call.y_batch + (first_row + row) * call.y_row + first_column * call.y_column;
+    if (row >= rows) return;
+#pragma unroll 4
+    for (int n = static_cast<int>(threadIdx.x) / kTileRows; n < columns;
+         n += kWindowThreads / kTileRows) {
+      const int64_t index = start + n * call.y_column;
+      static_cast<T*>(call.y)[index] =
+          from_float<T>(finish<T>(call.epilogue, tile[n * kPitch + row], first_row + row, index));
+    }
+  }
 }
+
+template <bool kBatchMajor, int kColumns>
+constexpr size_t kSumMemory =
+    kBatchMajor ? (kTileRows + 1) * kWarpSize * kColumns * sizeof(float) : 0;
 
 }  // namespace sparselt::cuda

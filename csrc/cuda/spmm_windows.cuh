@@ -24,11 +24,14 @@ __global__ void __launch_bounds__(kWindowThreads, 2)
   unsigned char* shared = shared_memory();
   auto* staging = reinterpret_cast<Staged<kBlockRows>*>(shared + 2 * Window::kWindowBytes);
   const Window window(call, first_column, batch, shared);
+  const CompressedRows<kBlockRows, T> weight(call.weight);
+  const int end_slice = static_cast<int>(ceil_div(call.weight.rows, kBlockRows));
+  const int slice = deal_slices(weight, static_cast<int>(first_row / kBlockRows), end_slice,
+                                reinterpret_cast<int*>(staging));
   float sums[kWarpRows][kColumns] = {};
-  multiply_windows(CompressedRows<kBlockRows, T>(call.weight),
-                   static_cast<int>(first_row / kBlockRows),
-                   static_cast<int>(ceil_div(call.weight.rows, kBlockRows)), window, staging, sums);
-  store_tile<T, kBatchMajor>(call, first_row, first_column, batch, sums);
+  multiply_windows(weight, slice, end_slice, window, staging, sums);
+  if constexpr (kBatchMajor) __syncthreads();  // nobody reads the windows any more
+  store_tile<kBlockRows, T, kBatchMajor>(call, first_row, first_column, batch, slice, shared, sums);
 }
 
 template <class T, int kBlockRows, int kColumns, bool kBatchMajor>
@@ -36,7 +39,9 @@ cudaError_t launch_matrix_windows(const SpmmCall& call, cudaStream_t stream) {
   using Window = MatrixWindow<T, kColumns, kBatchMajor>;
   const int64_t tiles =
       ceil_div(call.weight.rows, kTileRows) * ceil_div(call.columns, Window::kTileColumns);
-  const size_t shared = 2 * Window::kWindowBytes + kWarps * sizeof(Staged<kBlockRows>);
+  constexpr size_t kWindows = 2 * Window::kWindowBytes + kWarps * sizeof(Staged<kBlockRows>);
+  constexpr size_t kSums = kSumMemory<kBatchMajor, kColumns>;
+  constexpr size_t shared = kWindows > kSums ? kWindows : kSums;
   return launch(multiply_matrix_windows<T, kBlockRows, kColumns, kBatchMajor>, tiles * call.batch,
                 kWindowThreads, shared, stream, call);
 }

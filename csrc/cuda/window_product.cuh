@@ -13,6 +13,11 @@
 //   warp w    rows 8w .. 8w + 7, one stored (row-block) entry after the other: its weights are
 //             broadcast, each lane multiplies its own columns
 //
+// A warp's rows need not lie together: each window ends when its slowest warp does, so rows are
+// dealt out by length, the longest first, to and fro over the warps. On 29 DLMC layers (ResNet-50
+// and Transformer, 80 to 95 % zeros), by the costs below, warps so are busy 83 % of the time and
+// not 66 %; sorting all rows of a layer first would make it 85 %.
+//
 // Since columns are sorted in a row, the entries of a window follow each other, and a row needs no
 // more than a cursor: 32 lanes look at the next 32 entries, a vote counts those inside the window.
 // How x is cut into windows is the Window's business (matrix_window.cuh, patch_window.cuh).
@@ -53,9 +58,45 @@ struct CompressedRows {
 
   __device__ const T* weights(int slice, int position) const {
     const T* block = values + static_cast<int64_t>(position) * block_rows;
-    return slices == 1 ? block : block + slice % slices * kBlockRows;
+    return kBlockRows == 1 || slices == 1 ? block : block + slice % slices * kBlockRows;
   }
 };
+
+template <int kBlockRows>
+constexpr int kWarpSlices = kWarpRows / kBlockRows;
+
+// Deals the slices of a tile to the warps by their length; those from end_slice on do not exist and
+// come last. Lane b gets the b-th of its warp. `table` is shared memory for two numbers a slice,
+// free again after the next barrier.
+template <int kBlockRows, class T>
+__device__ __forceinline__ int deal_slices(const CompressedRows<kBlockRows, T>& weight,
+                                           int first_slice, int end_slice, int* table) {
+  constexpr int kSlices = kWarps * kWarpSlices<kBlockRows>;
+  int* dealt = table + kSlices;
+  const int thread = static_cast<int>(threadIdx.x);
+  const int slice = first_slice + thread;
+  int length = -1;
+  if (thread < kSlices) {
+    if (slice < end_slice) {
+      const int32_t* crow = weight.crow_indices + slice / weight.slices;
+      length = crow[1] - crow[0];
+    }
+    table[thread] = length;
+  }
+  __syncthreads();
+  if (thread < kSlices) {
+    int rank = 0;
+#pragma unroll 8
+    for (int other = 0; other < kSlices; ++other)
+      rank += table[other] > length || (table[other] == length && other < thread);
+    const int round = rank / kWarps;
+    const int warp = round % 2 == 0 ? rank % kWarps : kWarps - 1 - rank % kWarps;
+    dealt[warp * kWarpSlices<kBlockRows> + round] = slice;
+  }
+  __syncthreads();
+  const int lane = min(thread % kWarpSize, kWarpSlices<kBlockRows> - 1);
+  return dealt[thread / kWarpSize * kWarpSlices<kBlockRows> + lane];
+}
 
 // Up to 32 entries of a row that a warp has fetched, in shared memory: where in the window their x
 // starts, and the weights.
@@ -147,20 +188,20 @@ __device__ __forceinline__ void multiply_entries(const Staged<kBlockRows>& stage
   }
 }
 
-// Adds to `sums` the products of this warp's kWarpRows rows, which are kWarpRows / kBlockRows
-// slices of the tile that starts at first_slice; only slices before end_slice exist. `staging` is
-// Staged<kBlockRows>[kWarps] in shared memory. The window offers
+// Adds to `sums` the products of this warp's slices, of which lane b names the b-th (deal_slices);
+// only slices before end_slice exist. `staging` is Staged<kBlockRows>[kWarps] in shared memory. The
+// window offers
 //   count(), end(w)     how many windows there are, and the first column after window w
 //   stage(w)            starts copying window w into buffer w % 2; all threads of the block take
 //   part offset(w, column)   what read() needs to find the row of x of a column of window w
 //   read(offset, x)     this lane's kColumns elements of that row
 template <int kBlockRows, class T, class Window, int kColumns>
 __device__ __forceinline__ void multiply_windows(const CompressedRows<kBlockRows, T>& weight,
-                                                 int first_slice, int end_slice,
-                                                 const Window& window, Staged<kBlockRows>* staging,
+                                                 int slice, int end_slice, const Window& window,
+                                                 Staged<kBlockRows>* staging,
                                                  float (&sums)[kWarpRows][kColumns]) {
   static_assert(kWarpRows % kBlockRows == 0, "a warp keeps whole slices");
-  constexpr int kSlices = kWarpRows / kBlockRows;
+  constexpr int kSlices = kWarpSlices<kBlockRows>;
   const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
   const int warp = static_cast<int>(threadIdx.x) / kWarpSize;
   Staged<kBlockRows>& staged = staging[warp];
@@ -168,15 +209,19 @@ __device__ __forceinline__ void multiply_windows(const CompressedRows<kBlockRows
   // Lane b keeps how far the warp's b-th slice has been read, and where it ends.
   int cursor = 0;
   int end = 0;
-  first_slice += warp * kSlices;
-  if (lane < kSlices && first_slice + lane < end_slice) {
-    const int block_row = (first_slice + lane) / weight.slices;
+  if (lane < kSlices && slice < end_slice) {
+    const int block_row = slice / weight.slices;
     cursor = weight.crow_indices[block_row];
     end = weight.crow_indices[block_row + 1];
   }
 
-  Fetched<kBlockRows> next = fetch(weight, first_slice, __shfl_sync(kFullWarp, cursor, 0) + lane,
-                                   __shfl_sync(kFullWarp, end, 0));
+  // The entries that the warp's lanes look at first in its b-th slice.
+  const auto fetch_slice = [&](int b) {
+    const int of = kBlockRows == 1 ? slice : __shfl_sync(kFullWarp, slice, b);
+    return fetch(weight, of, __shfl_sync(kFullWarp, cursor, b) + lane,
+                 __shfl_sync(kFullWarp, end, b));
+  };
+  Fetched<kBlockRows> next = fetch_slice(0);
   const int windows = window.count();
   if (windows > 0) window.stage(0);
   copy_commit();
@@ -199,10 +244,7 @@ __device__ __forceinline__ void multiply_windows(const CompressedRows<kBlockRows
 
         // What is read next is fetched now: the rest of this row, or the next row; after the last,
         // the first once more.
-        const int following = more ? b : (b + 1) % kSlices;
-        next =
-            fetch(weight, first_slice + following, __shfl_sync(kFullWarp, cursor, following) + lane,
-                  __shfl_sync(kFullWarp, end, following));
+        next = fetch_slice(more ? b : (b + 1) % kSlices);
         __syncwarp();
         int i = 0;
 #pragma unroll 1  // more entries at once would not fit the registers
