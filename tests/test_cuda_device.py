@@ -12,6 +12,17 @@ import pytest
 import torch
 from cases import ConvCase, SpmmCase
 from cuda_host import dtype_of, registered
+from test_cuda_blocks import (
+    CONV_KERNELS,
+    CONVS,
+    PARTS,
+    SPMM_KERNELS,
+    STRIPS,
+    TILES,
+    Block,
+    filters,
+    matrix,
+)
 from test_cuda_kernels import (
     CONV_CASES,
     CUDA_FORMATS,
@@ -67,8 +78,9 @@ def epilogue_of(case: SpmmCase | ConvCase, kernel: str) -> Epilogue:
     )
 
 
-def check_spmm(kernel: str, case: SpmmCase) -> None:
-    weight, x = packed(kernel, case), rounded(case.x(), kernel)
+def check_spmm(kernel: str, case: SpmmCase, weight: SparseWeight | None = None) -> None:
+    weight = packed(kernel, case) if weight is None else weight
+    x = rounded(case.x(), kernel)
     bias, residual, lower, upper = epilogue = epilogue_of(case, kernel)
     dtype = dtype_of(kernel)
     parts, meta = on_gpu(weight, dtype), weight.meta()
@@ -91,8 +103,9 @@ def check_spmm(kernel: str, case: SpmmCase) -> None:
     )
 
 
-def check_conv2d(kernel: str, case: ConvCase) -> None:
-    weight, x = packed(kernel, case), rounded(case.x(), kernel)
+def check_conv2d(kernel: str, case: ConvCase, weight: SparseWeight | None = None) -> None:
+    weight = packed(kernel, case) if weight is None else weight
+    x = rounded(case.x(), kernel)
     bias, residual, lower, upper = epilogue_of(case, kernel)
     dtype = dtype_of(kernel)
     geometry = (case.stride, case.padding, case.dilation, case.groups)
@@ -123,6 +136,37 @@ def test_conv2d_matches_reference(kernel: str, case: ConvCase) -> None:
     check_conv2d(kernel, case)
 
 
+@pytest.mark.parametrize("kernel", SPMM_KERNELS)
+@pytest.mark.parametrize(("case", "block"), [*TILES, *STRIPS, *PARTS], ids=str)
+def test_blocks_match_reference(kernel: str, case: SpmmCase, block: Block) -> None:
+    check_spmm(kernel, case, matrix(kernel, case, block))
+
+
+@pytest.mark.parametrize("kernel", CONV_KERNELS)
+@pytest.mark.parametrize(("case", "block"), CONVS, ids=str)
+def test_blocks_of_filters_match_reference(kernel: str, case: ConvCase, block: Block) -> None:
+    check_conv2d(kernel, case, filters(kernel, case, block))
+
+
+@pytest.mark.parametrize("kernel", CONV_KERNELS)
+def test_channels_last_maps_stay_so_and_others_are_taken(kernel: str) -> None:
+    case, block = CONVS[0]
+    dtype, weight = dtype_of(kernel), filters(kernel, case, block)
+    x = gpu(case.x(), dtype)
+    assert x is not None
+    parts, none = on_gpu(weight, dtype), (None, None)
+
+    def call(maps: Tensor) -> Tensor:
+        geometry = (case.stride, case.padding, case.dilation, case.groups)
+        return torch.ops.sparselt.conv2d(
+            maps, parts, weight.meta(), *none, *geometry, *none, kernel
+        )
+
+    y = call(x.to(memory_format=torch.channels_last))
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(y, call(x.contiguous()))
+
+
 @pytest.mark.parametrize("kernel", kernels("spmm"))
 @pytest.mark.parametrize("case", SANITIZER_CASES, ids=str)
 def test_sanitizer_selection_of_spmm(kernel: str, case: SpmmCase) -> None:
@@ -133,6 +177,20 @@ def test_sanitizer_selection_of_spmm(kernel: str, case: SpmmCase) -> None:
 @pytest.mark.parametrize("case", SANITIZER_CONV_CASES, ids=str)
 def test_sanitizer_selection_of_conv2d(kernel: str, case: ConvCase) -> None:
     check_conv2d(kernel, case)
+
+
+@pytest.mark.parametrize("kernel", SPMM_KERNELS)
+@pytest.mark.parametrize(("case", "block"), [TILES[3], STRIPS[5], PARTS[1]], ids=str)
+def test_sanitizer_selection_of_blocks(kernel: str, case: SpmmCase, block: Block) -> None:
+    check_spmm(kernel, case, matrix(kernel, case, block))
+
+
+@pytest.mark.parametrize("kernel", CONV_KERNELS)
+@pytest.mark.parametrize(("case", "block"), [CONVS[1], CONVS[6]], ids=str)
+def test_sanitizer_selection_of_blocks_of_filters(
+    kernel: str, case: ConvCase, block: Block
+) -> None:
+    check_conv2d(kernel, case, filters(kernel, case, block))
 
 
 @pytest.mark.parametrize("kernel", kernels("spmm"))

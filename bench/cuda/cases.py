@@ -19,7 +19,7 @@ class Case:
         columns: N of a linear layer's batch, or the batch of a convolution.
         density: of the weight.
         dtype: of weight, x and y.
-        formats: of `formats.FORMATS`, or "tile8".
+        formats: of `formats.FORMATS`, "tile8" or "bsr_nhwc".
         block: in which weights are kept; (1, 1) for no structure.
         kernel: (R, S) of a convolution; None for a linear layer.
         size: (H, W) of a convolution's input.
@@ -45,6 +45,11 @@ class Case:
             shape += f",map={self.size[0]}x{self.size[1]},kernel={self.kernel[0]}x{self.kernel[1]}"
             shape += f",stride={self.stride}"
         return f"{self.name}:{shape}{block},density={self.density:g},{self.dtype}"
+
+    @property
+    def channels_last(self) -> bool:
+        """Whether maps are kept with channels last, as filters in blocks read them."""
+        return "bsr_nhwc" in self.formats
 
 
 DECODE = tuple(
@@ -85,20 +90,41 @@ BLOCKS = tuple(
     if dtype == "bfloat16" or n == 2048
 )
 
+BLOCK_DECODE = tuple(
+    Case(name, rows, cols, n, density, "bfloat16", ("bsr",), block)
+    for name, rows, cols in (("mlp_up", 14336, 4096), ("mlp_down", 4096, 14336))
+    for block in ((16, 16), (32, 32), (64, 64), (128, 128))
+    for n in (1, 8, 16)
+    for density in (0.2, 0.1, 0.05)
+)
+
+RESNET50 = (
+    ("resnet50_layer1", 64, 64, (3, 3), (56, 56), 1),
+    ("resnet50_layer2", 128, 128, (3, 3), (28, 28), 1),
+    ("resnet50_layer2_first", 128, 128, (3, 3), (56, 56), 2),
+    ("resnet50_layer3", 256, 256, (3, 3), (14, 14), 1),
+    ("resnet50_layer4", 512, 512, (3, 3), (7, 7), 1),
+    ("resnet50_layer3_1x1", 1024, 256, (1, 1), (14, 14), 1),
+    ("resnet50_layer1_1x1", 256, 64, (1, 1), (56, 56), 1),
+)
+
 CONVOLUTION = tuple(
     Case(name, filters, channels, batch, density, dtype, ("csr",), (1, 1), kernel, size, stride)
-    for name, filters, channels, kernel, size, stride in (
-        ("resnet50_layer1", 64, 64, (3, 3), (56, 56), 1),
-        ("resnet50_layer2", 128, 128, (3, 3), (28, 28), 1),
-        ("resnet50_layer2_first", 128, 128, (3, 3), (56, 56), 2),
-        ("resnet50_layer3", 256, 256, (3, 3), (14, 14), 1),
-        ("resnet50_layer4", 512, 512, (3, 3), (7, 7), 1),
-        ("resnet50_layer3_1x1", 1024, 256, (1, 1), (14, 14), 1),
-        ("resnet50_layer1_1x1", 256, 64, (1, 1), (56, 56), 1),
-    )
+    for name, filters, channels, kernel, size, stride in RESNET50
     for batch in (1, 32)
     for density in (0.2, 0.1, 0.05)
     for dtype in ("float32",)
+)
+
+BLOCK_CONVOLUTION = tuple(
+    Case(name, filters, channels, batch, density, dtype, ("bsr_nhwc",), block, kernel, size, stride)
+    for name, filters, channels, kernel, size, stride in RESNET50
+    for block in ((32, 32), (64, 64), (128, 128))
+    if min(filters, channels) >= block[1]
+    for batch in (1, 32)
+    for density in (0.2, 0.1, 0.05)
+    for dtype in ("bfloat16", "float32")
+    if dtype == "bfloat16" or block == (32, 32)
 )
 
 SUITES = {
@@ -106,5 +132,7 @@ SUITES = {
     "small_batch": SMALL_BATCH,
     "exact": EXACT,
     "blocks": BLOCKS,
+    "block_decode": BLOCK_DECODE,
     "convolution": CONVOLUTION,
+    "block_convolution": BLOCK_CONVOLUTION,
 }
