@@ -7,6 +7,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "cpu_features.h"
+#include "machine_rates.h"
 #include "ops/ops.h"
 #include "registry.h"
 
@@ -78,4 +79,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_features", &sparselt::cpu_features);
   m.def("isa", [] { return sparselt::isa_name(sparselt::current_isa()); });
   m.def("build_info", &sparselt::build_info);
+  m.def("multiply_add_rate", &sparselt::multiply_add_rate);
+  m.def("read_rate", &sparselt::read_rate);
 }

@@ -139,8 +139,6 @@ def _bench(commands: Any) -> None:
     model.add_argument("--engines", metavar="A,B", help="default: all that are installed")
     model.add_argument("--rounds", type=_positive, help="turns (default: 10; of the table 8)")
     table = model.add_argument_group("all: every network, batch and share of zeros")
-    table.add_argument("--only", nargs="+", default=[], metavar="NAME", help="as vgg19 or vgg19@64")
-    table.add_argument("--quick", action="store_true", help="one share of zeros and three rounds")
     table.add_argument("--resume", action="store_true", help="go on with what --json FILE holds")
     _threads(model)
     layers = _command(
@@ -151,6 +149,10 @@ def _bench(commands: Any) -> None:
         kinds, "kernel", _run_bench_kernel, "time every kernel on one product y = W x"
     )
     kernel.add_argument("--shape", default="512x512x784", metavar="MxKxN", help="%(default)s")
+    dlmc = _command(kinds, "dlmc", _run_bench_dlmc, "time DLMC's layers with our own choice, cold")
+    for group, some in ((table, "vgg19 or vgg19@64"), (dlmc, "layer3 or transformer")):
+        group.add_argument("--only", nargs="+", default=[], metavar="NAME", help=f"as {some}")
+        group.add_argument("--quick", action="store_true", help="one share of zeros, in a hurry")
     for command in (layers, kernel):
         command.add_argument("--density", type=float, nargs="+", default=[0.1], metavar="D")
         command.add_argument("--batch", type=_positive, default=1, metavar="N")
@@ -187,11 +189,10 @@ def _sizes(word: str, separator: str, count: int | None, option: str) -> tuple[i
     return tuple(int(part) for part in parts)
 
 
-def _console(least_width: int = 0) -> Console:
+def _console(least_width: int = 0, stderr: bool = False) -> Console:
     from rich.console import Console
 
-    console = Console()
-    return Console(width=max(console.width, least_width))
+    return Console(stderr=stderr, width=max(Console(stderr=stderr).width, least_width))
 
 
 def _show(*parts: RenderableType, least_width: int = 0) -> None:
@@ -202,10 +203,17 @@ def _show(*parts: RenderableType, least_width: int = 0) -> None:
 
 @contextmanager
 def _status() -> Iterator[Callable[[str], None]]:
-    from rich.console import Console
-
-    with Console(stderr=True).status("starting") as status:
+    with _console(stderr=True).status("starting") as status:
         yield lambda text: status.update(text)
+
+
+@contextmanager
+def _bar(total: float) -> Iterator[Callable[[float, str], None]]:
+    from rich.progress import Progress
+
+    with Progress(console=_console(stderr=True)) as bar:
+        task = bar.add_task("starting", total=total)
+        yield lambda done, text: bar.update(task, completed=done, description=text)
 
 
 def _keep(arguments: argparse.Namespace, result: dict[str, Any]) -> None:
@@ -264,15 +272,11 @@ def _run_convert(arguments: argparse.Namespace) -> int:
 
 
 def _run_bench_table(arguments: argparse.Namespace) -> int:
-    from rich.console import Console
-    from rich.progress import Progress
-
     from sparselt.measure import report, table
     from sparselt.measure.machine import one_line
 
     cases = table.chosen_cases(arguments.only, arguments.quick)
-    with Progress(console=Console(stderr=True)) as bar:
-        task = bar.add_task("starting", total=len(cases))
+    with _bar(len(cases)) as progress:
         result = table.bench_table(
             cases,
             path=arguments.json,
@@ -280,7 +284,7 @@ def _run_bench_table(arguments: argparse.Namespace) -> int:
             rounds=arguments.rounds or (3 if arguments.quick else 8),
             threads=arguments.threads,
             engines=arguments.engines.split(",") if arguments.engines else None,
-            progress=lambda done, text: bar.update(task, completed=done, description=text),
+            progress=progress,
         )
     caption = "\n".join([*table.absent(result), one_line(result["machine"])])
     lines = table.summary(result)
@@ -321,9 +325,9 @@ def _run_bench_model(arguments: argparse.Namespace) -> int:
 
 
 def _run_bench_layers(arguments: argparse.Namespace) -> int:
-    from sparselt.measure.suites import suite
+    from sparselt.measure import suites
 
-    return _time_layers(arguments, suite(arguments.suite))
+    return _time_layers(arguments, suites.suite(arguments.suite))
 
 
 def _run_bench_kernel(arguments: argparse.Namespace) -> int:
@@ -351,6 +355,16 @@ def _time_layers(arguments: argparse.Namespace, layers: Sequence[Layer]) -> int:
         )
     _show(*report.layer_tables(result))
     _keep(arguments, result)
+    return _failed(result)
+
+
+def _run_bench_dlmc(arguments: argparse.Namespace) -> int:
+    from sparselt.measure import dlmc
+
+    with _bar(1.0) as bar:
+        found = dlmc.chosen_layers(arguments.only), *dlmc.GRIDS[arguments.quick]
+        result = dlmc.bench_dlmc(*found, path=arguments.json, progress=bar)
+    _show(dlmc.dlmc_table(result), least_width=110)
     return _failed(result)
 
 

@@ -37,7 +37,16 @@ _cuda = (
     else importlib.import_module("sparselt._C_cuda")
 )
 
-__all__ = ["build_id", "check_kernel", "conv_shape", "isa", "kernels", "served"]
+__all__ = [
+    "build_id",
+    "check_kernel",
+    "conv_shape",
+    "isa",
+    "kernels",
+    "multiply_add_rate",
+    "read_rate",
+    "served",
+]
 
 
 @cache
@@ -79,6 +88,16 @@ def build_id() -> str:
         if spec is not None and spec.origin is not None:
             digest.update(Path(spec.origin).read_bytes())
     return digest.hexdigest()[:32]
+
+
+def multiply_add_rate() -> float:
+    """GFLOP/s of multiply-adds in registers: the peak of torch's threads with the ISA in use."""
+    return _C.multiply_add_rate()
+
+
+def read_rate(bytes: int) -> float:
+    """GB/s at which torch's threads read a buffer of that many bytes again and again."""
+    return _C.read_rate(bytes)
 
 
 _NOT_BUILT = "sparselt was built without its CUDA module; `sparselt doctor` says what it takes"

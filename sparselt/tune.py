@@ -203,7 +203,7 @@ class Tuner:
         if self.format == "bsr" and facts.block == (1, 1):
             facts = replace(facts, block=(4, 1))
         kernels, forced = ops.kernels(), forced_kernel()
-        pool = self._worth_timing(candidates(facts, kernels), kernels)
+        pool = self.worth_timing(candidates(facts, kernels), kernels)
         if not inputs or not pool or facts.density == 1 or forced or self.format == DENSE:
             return choose(facts, kernels, None, format=self.format, forced=forced)
         key = self._key(module, facts, kept, inputs)
@@ -250,7 +250,7 @@ class Tuner:
         first, best = next(iter(calls)), min(times, key=times.__getitem__)
         return best if times[best] <= times[first] * (1 - _MARGIN) else first
 
-    def _worth_timing(
+    def worth_timing(
         self, considered: Iterable[Candidate], kernels: Iterable[KernelInfo]
     ) -> list[Candidate]:
         """The candidates worth timing: of each format, the one that the registry prefers.
@@ -286,7 +286,7 @@ class Tuner:
             bias,
             shapes,
             self.format,
-            self.cold,
+            self._is_cold_on(inputs[0].device) if inputs[0].is_cuda else self.cold,
             torch.get_num_threads(),
         )
 
@@ -330,7 +330,7 @@ class Tuner:
             if x.is_cuda:
                 times = measure_on_cuda(calls, [x], self._is_cold_on(x.device))
             else:
-                prepare = self._cool(x) if self.cold else None
+                prepare = self.cool(x) if self.cold else None
                 times = measure(calls, prepare=prepare, spent=spent)
             for name, us in times.items():
                 total[name] += us
@@ -340,7 +340,9 @@ class Tuner:
     def _is_cold_on(self, device: torch.device) -> bool:
         return self.weight_bytes > torch.cuda.get_device_properties(device).L2_cache_size
 
-    def _cool(self, x: Tensor) -> Callable[[], object]:
+    def cool(self, x: Tensor) -> Callable[[], object]:
+        """What makes weights cold, and `x` warm, as the layer before leaves it."""
+
         def prepare() -> None:
             self._flush.sum()
             x.sum()

@@ -161,12 +161,12 @@ def test_bench_layers_keeps_a_kernel_that_raises_as_a_failed_row(
 @pytest.mark.parametrize("layer", [LAYER, suites.Layer("fc", 10, 30), suites.SUITES["resnet20"][2]])
 def test_problem_bound_accepts_torch_and_refuses_a_lost_term(layer: suites.Layer) -> None:
     case = layers.problem(layer, 0.3, batch=2)
-    y = layers._apply(case.op, layer, case.weight, case.x)
+    y = layers.apply_dense(case.op, layer, case.weight, case.x)
     assert case.error(y)[1]
     assert case.weight.count_nonzero() == round(0.3 * case.weight.numel())
     lost = case.weight.clone().flatten()
     lost[lost.abs().argmax()] = 0
-    y = layers._apply(case.op, layer, lost.view_as(case.weight), case.x)
+    y = layers.apply_dense(case.op, layer, lost.view_as(case.weight), case.x)
     assert not case.error(y)[1]
 
 

@@ -99,7 +99,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "family": {"cuda_graph", "plan", "tune", "explanation", "lowering", "capture"},
     "dynamo": BASE | {"tune", "explanation", "lowering"},
     "program": WHOLE_MODEL - {"program"},
-    "measure": WHOLE_MODEL | {"reference", "sparselt"},
+    "measure": WHOLE_MODEL | {"extension", "reference", "sparselt"},
     "quickstart": EVERYTHING,
     "frontier": EVERYTHING,
     "cli": EVERYTHING | {"frontier", "quickstart"},

@@ -31,10 +31,19 @@ from sparselt.measure.suites import Layer, random_mask, real_mask
 from sparselt.measure.timer import Flush, Timing, interleave, speedup
 from sparselt.plan import Facts, KernelInfo, block_for
 
-__all__ = ["Contender", "Problem", "bench_layers", "contenders", "problem"]
+__all__ = [
+    "SPIN_SECONDS",
+    "Contender",
+    "Problem",
+    "apply_dense",
+    "bench_layers",
+    "contenders",
+    "equal_numpy_threads",
+    "problem",
+]
 
 _UNIT_ROUNDOFF = 2.0**-24
-_SPIN_SECONDS = 0.05
+SPIN_SECONDS = 0.05
 _LARGEST_FLUSH_BYTES = 256 << 20
 
 
@@ -77,7 +86,8 @@ class Contender:
     absent: str = ""
 
 
-def _apply(op: str, layer: Layer, weight: Tensor, x: Tensor) -> Tensor:
+def apply_dense(op: str, layer: Layer, weight: Tensor, x: Tensor) -> Tensor:
+    """Torch's own "spmm", "linear" or "conv2d" of a layer, in the tensors' type."""
     if op == "spmm":
         return weight @ x
     if op == "linear":
@@ -122,19 +132,21 @@ def problem(
     x = torch.randn(sizes[op], generator=generator)
     terms = float(kept.flatten(1).sum(1).max()) + 2 if kept.numel() else 2.0
     growth = terms * _UNIT_ROUNDOFF / (1 - terms * _UNIT_ROUNDOFF)
-    expected = _apply(op, layer, weight.double(), x.double())
-    bound = growth * _apply(op, layer, weight.double().abs(), x.double().abs()) + 1e-30
+    expected = apply_dense(op, layer, weight.double(), x.double())
+    bound = growth * apply_dense(op, layer, weight.double().abs(), x.double().abs()) + 1e-30
     return Problem(layer, op, weight, kept, block, x, expected, bound)
 
 
 def _dense_contenders(case: Problem) -> Iterator[Contender]:
     weight, x, layer = case.weight, case.x, case.layer
     size = weight.numel() * weight.element_size()
-    yield Contender("torch_dense", True, lambda: _apply(case.op, layer, weight, x), size)
+    yield Contender("torch_dense", True, lambda: apply_dense(case.op, layer, weight, x), size)
     if case.op == "conv2d":
         last = torch.channels_last
         w, z = weight.contiguous(memory_format=last), x.contiguous(memory_format=last)
-        yield Contender("torch_channels_last", True, lambda: _apply(case.op, layer, w, z), size)
+        yield Contender(
+            "torch_channels_last", True, lambda: apply_dense(case.op, layer, w, z), size
+        )
         return
     a, b = weight.numpy(), x.numpy()
     product = (lambda: a @ b) if case.op == "spmm" else (lambda: b @ a.T)
@@ -201,7 +213,7 @@ def contenders(
     return [item for item in found if not only or item.name in only]
 
 
-def _equal_numpy_threads() -> tuple[AbstractContextManager[object], str]:
+def equal_numpy_threads() -> tuple[AbstractContextManager[object], str]:
     """A context in which numpy uses as many threads as torch, or why there is none."""
     try:
         threadpoolctl = importlib.import_module("threadpoolctl")
@@ -252,7 +264,7 @@ def _rates(row: dict[str, Any], case: Problem, timing: Timing) -> None:
 def _bench_one(
     case: Problem, density: float, batch: int, seconds: float, cold: bool
 ) -> list[dict[str, Any]]:
-    limits, reason = _equal_numpy_threads()
+    limits, reason = equal_numpy_threads()
     items = contenders(case)
     rows = [_row(case, density, batch, item) for item in items]
     for row in rows:
@@ -263,7 +275,7 @@ def _bench_one(
     }
     flush = Flush(_flush_bytes()) if cold else None
     apart = {name: runs.pop(name) for name in ("numpy_dense",) if name in runs}
-    time.sleep(_SPIN_SECONDS if apart else 0.0)
+    time.sleep(SPIN_SECONDS if apart else 0.0)
     with limits, torch.inference_mode():
         times = interleave(runs, seconds=seconds, flush=flush) if runs else {}
         times |= interleave(apart, seconds=seconds, flush=flush) if apart else {}

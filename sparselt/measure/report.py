@@ -313,8 +313,12 @@ def fill_markers(text: str, name: str, body: str) -> str:
     return f"{head}{begin}\n{body}\n{end}{tail}"
 
 
+# What tells the rows of a result apart.
+_KEYS = ("case", "density", "batch", "threads", "engine")
+
+
 def _key(row: dict[str, Any]) -> tuple[str, ...]:
-    return tuple(str(row.get(name, "")) for name in ("case", "density", "batch", "engine"))
+    return tuple(str(row.get(name, "")) for name in _KEYS)
 
 
 def _drift(

@@ -18,7 +18,7 @@ from torch import Tensor
 from sparselt.errors import OptionError
 from sparselt.tickets import load_ticket
 
-__all__ = ["SUITES", "Layer", "random_mask", "real_mask", "suite"]
+__all__ = ["DLMC", "SUITES", "Layer", "random_mask", "real_mask", "suite"]
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,24 @@ def _resnet50() -> tuple[Layer, ...]:
     return (*layers, Layer("resnet50.fc", 1000, 2048))
 
 
+def _dlmc() -> tuple[Layer, ...]:
+    """Each shape once: 1x1 as a product of pixels, 3x3 of im2col's too, and as convolutions."""
+    products, convolutions = [], []
+    for layer in _resnet50()[:-1]:
+        pixels = layer.size * layer.size
+        cols = layer.cols * layer.kernel * layer.kernel
+        products.append(Layer(layer.name, layer.rows, cols, columns=pixels))
+        convolutions.append(layer)
+    tokens = 128
+    transformer = [
+        Layer("transformer.query", 512, 512, columns=tokens),
+        Layer("transformer.value", 512, 512, columns=tokens),
+        Layer("transformer.ffn1", 2048, 512, columns=tokens),
+        Layer("transformer.ffn2", 512, 2048, columns=tokens),
+    ]
+    return (*products, *transformer, *convolutions)
+
+
 SUITES: dict[str, tuple[Layer, ...]] = {
     "matrix": (Layer("matrix", 512, 512, columns=784),),
     "lenet": (
@@ -92,6 +110,15 @@ SUITES: dict[str, tuple[Layer, ...]] = {
         Layer("vgg19.conv16", 512, 512, kernel=3, size=2),
     ),
     "resnet50": _resnet50(),
+}
+DLMC = _dlmc()
+
+# The files of DLMC's Transformer, one of each kind of layer.
+_TRANSFORMER = {
+    "transformer.query": "body_decoder_layer_1_self_attention_multihead_attention_q",
+    "transformer.value": "body_decoder_layer_4_encdec_attention_multihead_attention_v",
+    "transformer.ffn1": "body_encoder_layer_2_ffn_conv1",
+    "transformer.ffn2": "body_decoder_layer_2_ffn_conv2",
 }
 
 
@@ -142,7 +169,7 @@ def real_mask(layer: Layer, density: float, folder: str | Path | None = None) ->
     """The pattern that magnitude pruning gave this layer, where DLMC's files are at hand.
 
     Args:
-        layer: of the suite "resnet50"; any other has no real pattern.
+        layer: of the suite "resnet50" or of `DLMC`; any other has no real pattern.
         density: 0.2, 0.1 or 0.05: of the whole network, a layer's own differs a little.
         folder: that holds `dlmc`; by default the environment variable SPARSELT_DATA.
 
@@ -154,13 +181,15 @@ def real_mask(layer: Layer, density: float, folder: str | Path | None = None) ->
     """
     root = folder or os.environ.get("SPARSELT_DATA", "")
     found = re.fullmatch(r"resnet50\.(?:layer(\d)\.conv(\d)|fc)", layer.name)
-    if not root or found is None:
+    if not root or (found is None and layer.name not in _TRANSFORMER):
         return None
-    stem = "final_dense"
-    if found[1]:
+    network, stem = "rn50", "final_dense"
+    if found is None:
+        network, stem = "transformer", f"{_TRANSFORMER[layer.name]}_fully_connected"
+    elif found[1]:
         stem = f"bottleneck_{found[2]}_block_group{found[1]}_1_1"
     sparsity = f"{1 - density:.2f}".rstrip("0")
-    file = Path(root) / "dlmc" / "rn50" / "magnitude_pruning" / sparsity / f"{stem}.smtx"
+    file = Path(root) / "dlmc" / network / "magnitude_pruning" / sparsity / f"{stem}.smtx"
     if not file.is_file():
         return None
     shape = (layer.rows, layer.cols) + (layer.kernel, layer.kernel) * bool(layer.kernel)
