@@ -38,6 +38,7 @@ CPU_SOURCES = (
     "csrc/ops/*.cpp",
     "csrc/formats/*.cpp",
     "csrc/cpu/*.cpp",
+    "csrc/jit/*.cpp",
     "csrc/program/*.cpp",
 )
 CUDA_SOURCES = ("csrc/cuda/*.cu", "csrc/cuda/*.cpp")

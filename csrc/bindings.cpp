@@ -8,6 +8,7 @@
 
 #include "cpu_features.h"
 #include "machine_rates.h"
+#include "ops/code_table.h"
 #include "ops/ops.h"
 #include "registry.h"
 
@@ -78,6 +79,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("kernels", &sparselt::list_kernels);
   m.def("cpu_features", &sparselt::cpu_features);
   m.def("isa", [] { return sparselt::isa_name(sparselt::current_isa()); });
+  m.def("release_code", &sparselt::release_code);
+  m.def("code_bytes", &sparselt::code_bytes);
   m.def("build_info", &sparselt::build_info);
   m.def("multiply_add_rate", &sparselt::multiply_add_rate);
   m.def("read_rate", &sparselt::read_rate);

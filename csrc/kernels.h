@@ -65,6 +65,26 @@ struct Conv2dCall {
   Epilogue epilogue;
 };
 
+// Code for some slices of a block (jit/): adds their products with one vector of the panel to the
+// sums of their rows. `x` is the vector's part of x_block, `sums` its sums, by row, `values` the
+// chunk's first; `bias` has one a row, and is what the first block's code begins with.
+using PanelFunction = void (*)(const float* x, float* sums, const float* values, const float* bias);
+struct CodeChunk {
+  PanelFunction run;
+  int64_t start;  // in bytes, of all chunks
+  int64_t bytes;
+  int32_t first_slice;
+  int32_t last_slice;
+};
+
+// The code generated for a weight; empty (all null) where there is none.
+struct CodeView {
+  const int32_t* block_chunks;  // 2 * num_sections * num_blocks: first and last + 1 chunk of block
+                                // b of section s, at 2 * (s * num_blocks + b)
+  const CodeChunk* chunks;
+  const float* zeros;  // rows: a bias for weights without
+};
+
 // Sliced ELL with column blocks (SELL): CSR cut into blocks of `block_cols` columns, within which
 // rows are sorted by their number of stored values and grouped into slices of `slice_height`; the
 // values of a slice lie step by step, one of each row, short rows filled up with zeros of column
@@ -84,6 +104,7 @@ struct SellView {
   int64_t block_cols;
   int64_t num_blocks;
   int64_t num_sections;
+  CodeView code{};
 };
 
 // Lanes of a panel's vector of 16: the lanes in `mask` lie at base + offset + lane.
@@ -169,6 +190,7 @@ using Conv2dKernel = void (*)(const Conv2dCall& call, Range rows, Range pixels);
 using DepthwiseKernel = void (*)(const DepthwiseCall& call, Range planes);
 
 #define KERNEL_SIGNATURE_panel const PanelCall &call, Range sections
+#define KERNEL_SIGNATURE_code const PanelCall &call, Range sections
 #define KERNEL_SIGNATURE_spmv const SpmvCall &call, Range sections
 #define KERNEL_SIGNATURE_depthwise const DepthwiseCall &call, Range planes
 #define KERNEL_SIGNATURE_spmm const SpmmCall &call, Range rows, Range columns
@@ -186,6 +208,7 @@ namespace cpu {
 #undef KERNEL_SIGNATURE_spmm
 #undef KERNEL_SIGNATURE_depthwise
 #undef KERNEL_SIGNATURE_spmv
+#undef KERNEL_SIGNATURE_code
 #undef KERNEL_SIGNATURE_panel
 
 }  // namespace sparselt

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
@@ -120,6 +121,48 @@ def served() -> frozenset[tuple[str, str, str, str]]:
 _SERVED = served()
 
 
+# Slice heights of the kernels that run generated code.
+_CODE_HEIGHTS = frozenset(k.tile_rows for k in kernels() if k.op == "code" and k.usable)
+
+
+def watch(parts: Sequence[Tensor], block_rows: int) -> None:
+    """Has the code that is generated for a weight dropped when the weight's tensors die.
+
+    The code belongs to no Python object: it is made at the first call of a kernel that runs it, and
+    kept for the next ones. Weights that share their parts share it.
+
+    Args:
+        parts: the weight's.
+        block_rows: rows of its blocks (of its slices in SELL).
+    """
+    if len(parts) != 5 or block_rows not in _CODE_HEIGHTS or torch.compiler.is_compiling():
+        return
+    steps = parts[1]
+    if type(steps) is not Tensor or not steps.is_cpu:
+        return
+    # Kept on the tensor; a copy of it inherits the attribute, but not the address.
+    address = steps.data_ptr()
+    if getattr(steps, "_sparselt_watched", None) != address:
+        steps._sparselt_watched = address  # type: ignore[attr-defined]
+        weakref.finalize(steps, _C.release_code, address).atexit = False
+
+
+def code_bytes(parts: Sequence[Tensor]) -> int:
+    """Bytes of the code that was generated for a weight.
+
+    Args:
+        parts: the weight's.
+
+    Returns:
+        0 before a kernel that runs such code has met the weight, and for all others.
+
+    Example:
+        >>> sparselt.ops.code_bytes(sparselt.pack(torch.eye(3)).parts())
+        0
+    """
+    return _C.code_bytes(parts[1].data_ptr()) if len(parts) == 5 and parts[1].is_cpu else 0
+
+
 def _format_of(parts: Sequence[Tensor]) -> str:
     if len(parts) > 3:
         return "sell" if len(parts) == 5 else "tile8"
@@ -142,6 +185,7 @@ def check_kernel(
         KernelError: no kernel runs `op` on the weight's format, device and type, or not the named
             one.
     """
+    watch(parts, block_rows)
     format_name, values = _format_of(parts), parts[-1]
     device = "cuda" if values.is_cuda else "cpu"
     served = (device, op, format_name, dtype) in _SERVED

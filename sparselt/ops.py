@@ -29,9 +29,9 @@ from sparselt.errors import (
     ShapeError,
     explain_mismatch,
 )
-from sparselt.extension import check_kernel, conv_shape, isa, kernels
+from sparselt.extension import check_kernel, code_bytes, conv_shape, isa, kernels
 
-__all__ = ["conv1d", "conv2d", "isa", "kernels", "linear", "spmm"]
+__all__ = ["code_bytes", "conv1d", "conv2d", "isa", "kernels", "linear", "spmm"]
 
 _CUDA_TYPES = (torch.float32, torch.float16, torch.bfloat16)
 

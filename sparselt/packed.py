@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from sparselt.errors import FormatError, ShapeError, SparseltError, explain_mismatch
+from sparselt.extension import code_bytes, watch
 from sparselt.formats import CSR, FORMATS, SELL, SparseWeight, pack
 
 __all__ = ["PackedWeight", "accept_packed_keys", "pack_as", "pack_dense_key", "zero_block"]
@@ -66,6 +67,7 @@ class PackedWeight(nn.Module):
         self._meta, self._nnz = packed.meta(), packed.nnz
         # Not register_buffer, which asks for the name as an attribute first: see __getattr__.
         self._buffers.update(zip(packed.part_names, packed.parts(), strict=True))
+        watch(self.parts(), self.block[0])
 
     def parts(self) -> list[Tensor]:
         """The buffers in the order of the format's `part_names`."""
@@ -74,6 +76,11 @@ class PackedWeight(nn.Module):
     def meta(self) -> list[int]:
         """[block_rows, block_cols, *shape], as the operators take it."""
         return self._meta
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Of a copy, or of what was pickled: its tensors are new."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        watch(self.parts(), self.block[0])
 
     def packed(self) -> SparseWeight:
         """The weight as an immutable, fully checked `SparseWeight` of float32 values."""
@@ -113,8 +120,9 @@ class PackedWeight(nn.Module):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all parts, indices included."""
-        return sum(part.numel() * part.element_size() for part in self.parts())
+        """Bytes of all parts, indices included, and of the code generated for them, if any."""
+        parts = self.parts()
+        return sum(part.numel() * part.element_size() for part in parts) + code_bytes(parts)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -57,6 +57,11 @@ _SPMV_COLUMNS = 8
 _SPMV_HEIGHT = 8  # for a kernel that takes any; the AVX2 kernel's, so that the two share a packing
 _SPMV_BLOCK_COLS = 2**15 - 1
 
+# Generated code takes its time to read, so it wants many columns to be run for; and whole L2s of
+# them, not L1s, since it goes through few rows at a time.
+_CODE_COLUMNS = 512
+_CODE_BLOCK_COLS = 256
+
 # A dot product shorter than this (a depthwise filter, a 3-channel first convolution) leaves a
 # sparse kernel too little to skip.
 _SHORTEST_ROW = 32
@@ -157,13 +162,14 @@ def block_for(facts: Facts, kernel: KernelInfo) -> tuple[int, int]:
         facts: the layer; its density sets the column blocks of SELL.
         kernel: its tile sets the slice height of SELL.
     """
+    if kernel.format != "sell":
+        return facts.block if kernel.format == "bsr" else (1, 1)
+    height, cols = _ANY_HEIGHT, _SPARSE_BLOCK_COLS if facts.density < _SPARSE_BELOW else _BLOCK_COLS
     if kernel.op == "spmv":
-        cols = min(max(math.prod(facts.shape[1:]), 1), _SPMV_BLOCK_COLS)
-        return (kernel.tile_rows if kernel.tile_rows > 1 else _SPMV_HEIGHT, cols)
-    if kernel.format == "sell":
-        cols = _SPARSE_BLOCK_COLS if facts.density < _SPARSE_BELOW else _BLOCK_COLS
-        return (kernel.tile_rows if kernel.tile_rows > 1 else _ANY_HEIGHT, cols)
-    return facts.block if kernel.format == "bsr" else (1, 1)
+        height, cols = _SPMV_HEIGHT, min(max(math.prod(facts.shape[1:]), 1), _SPMV_BLOCK_COLS)
+    elif kernel.op == "code":
+        cols = _CODE_BLOCK_COLS
+    return (kernel.tile_rows if kernel.tile_rows > 1 else height, cols)
 
 
 def choose(
@@ -238,6 +244,8 @@ def _refusal(facts: Facts, kernel: KernelInfo) -> str:
         return "slices of rows do not keep to groups"
     if kernel.op == "spmv" and (facts.columns is None or facts.columns > _SPMV_COLUMNS):
         return f"is for at most {_SPMV_COLUMNS} columns"
+    if kernel.op == "code" and facts.columns is not None and facts.columns < _CODE_COLUMNS:
+        return f"is for at least {_CODE_COLUMNS} columns"
     if kernel.format not in FORMAT_CHOICES:
         return f"no layer is packed as {kernel.format} yet"
     if kernel.device == "cuda" and (unfit := cuda_rules.refusal(facts, kernel)):

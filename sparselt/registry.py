@@ -42,7 +42,8 @@ class KernelInfo:
     @property
     def operations(self) -> tuple[str, ...]:
         """The operations it serves: "spmm", "conv2d"."""
-        return {"panel": ("spmm", "conv2d"), "spmv": ("spmm",)}.get(self.op, (self.op,))
+        both = ("spmm", "conv2d")
+        return {"panel": both, "code": both, "spmv": ("spmm",)}.get(self.op, (self.op,))
 
     def serves(self, op: str, format: str, block_rows: int) -> bool:
         """Whether it runs `op` on weights of `format` with blocks (slices) of `block_rows` rows."""

@@ -64,6 +64,16 @@ def test_a_spmv_kernel_wants_its_own_slices_and_one_block_of_columns():
     assert block_for(replace(THIN, shape=(4, 0)), fast) == (16, 1)
 
 
+@pytest.mark.parametrize(("columns", "applies"), [(1, False), (511, False), (512, True), (None, 1)])
+def test_generated_code_is_offered_for_many_columns(columns, applies):
+    facts = replace(THIN, columns=columns)
+    for op in ("linear", "conv2d"):
+        found = candidates(replace(facts, op=op), [kernel("sell_code_fast", tile_rows=31)])[0]
+        assert (found.kernel, found.applies) == ("sell_code_fast", bool(applies))
+        assert applies or found.verdict == "is for at least 512 columns"
+        assert found.block == (31, 256)
+
+
 def test_an_unknown_operation_is_refused():
     with pytest.raises(OptionError, match="conv9d"):
         candidates(replace(THIN, op="conv9d"), KERNELS)

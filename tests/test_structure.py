@@ -74,7 +74,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "plan": BASE | {"registry", "cuda_rules"},
     "reference": BASE | {"formats"},
     "lottery": BASE | {"tickets"},
-    "packed": BASE | {"formats"},
+    "packed": BASE | {"formats", "extension"},
     "extension": BASE | {"registry", "_C", "_C_cuda"},
     "ops": DATA | {"extension"},
     "neighbours": BASE | {"extension"},

@@ -8,6 +8,7 @@
 #include <limits>
 
 #include "formats/views.h"
+#include "ops/code_table.h"
 
 namespace sparselt {
 namespace {
@@ -49,6 +50,10 @@ Weight as_weight(const Parts& parts, const Ints& meta, const std::string& kernel
   weight.kernel = &find_kernel(kernel, op, format, meta[0]);
   if (format == "sell") {
     weight.sell = as_sell_view(parts, meta.data(), weight.rows, weight.cols);
+    if (weight.kernel->op == "code") {
+      weight.code = code_for(parts, weight.sell);
+      weight.sell.code = weight.code->view();
+    }
   } else {
     weight.view = as_sparse_view(parts, meta.data(), weight.rows, weight.cols);
   }

@@ -11,7 +11,7 @@
 namespace sparselt {
 
 constexpr int kPanelLanes = 16;  // floats a vector of a panel
-constexpr int kMaxPanelVectors = 4;
+constexpr int kMaxPanelVectors = 16;
 constexpr int kMaxPanelLanes = kPanelLanes * kMaxPanelVectors;
 
 // A filter position: what it adds to the place in x of an output pixel, and to its row and column.
@@ -46,10 +46,9 @@ struct Run {
   int64_t offset;
 };
 
-inline uint64_t lane_bits(int begin, int end) {
-  const uint64_t below_end = end == 64 ? ~uint64_t{0} : (uint64_t{1} << end) - 1;
-  return below_end & ~((uint64_t{1} << begin) - 1);
-}
+// Lanes [begin, end) of a vector.
+inline unsigned lane_bits(int begin, int end) { return (1u << end) - (1u << begin); }
+constexpr unsigned kAllLanes = (1u << kPanelLanes) - 1;
 
 // Makes the panels of a product, one after the other, in buffers of its own.
 class PanelMaker {
@@ -121,16 +120,17 @@ class PanelMaker {
     }
   }
 
-  // The lanes whose row and column under a tap lie inside x.
-  uint64_t inside(const Tap& tap) const {
-    if (!source_.bordered) return ~uint64_t{0};
-    uint64_t bits = 0;
-    for (int lane = 0; lane < kMaxPanelLanes; ++lane) {
-      const auto row = static_cast<uint32_t>(row_[lane] + tap.row_shift);
-      const auto column = static_cast<uint32_t>(column_[lane] + tap.column_shift);
+  // The lanes of a vector whose row and column under a tap lie inside x.
+  unsigned inside(const Tap& tap, int vector) const {
+    if (!source_.bordered) return kAllLanes;
+    unsigned bits = 0;
+    for (int lane = 0; lane < kPanelLanes; ++lane) {
+      const int at = vector * kPanelLanes + lane;
+      const auto row = static_cast<uint32_t>(row_[at] + tap.row_shift);
+      const auto column = static_cast<uint32_t>(column_[at] + tap.column_shift);
       const bool in = row < static_cast<uint32_t>(source_.height) &&
                       column < static_cast<uint32_t>(source_.width);
-      bits |= uint64_t{in} << lane;
+      bits |= unsigned{in} << lane;
     }
     return bits;
   }
@@ -140,11 +140,11 @@ class PanelMaker {
     extra_.clear();
     for (size_t t = 0; t < source_.taps.size(); ++t) {
       const Tap& tap = source_.taps[t];
-      const uint64_t valid = inside(tap);
       tap_extra_[t] = static_cast<int32_t>(extra_.size());
       size_t run = 0;
       for (int v = 0; v < vectors; ++v) {
         Piece first{0, static_cast<uint16_t>(v), 0};
+        const unsigned valid = inside(tap, v);
         while (run > 0 && load_runs_[run].begin > v * kPanelLanes) --run;
         for (; run < load_runs_.size() && load_runs_[run].begin < (v + 1) * kPanelLanes; ++run) {
           const Piece piece = cut(load_runs_[run], v, valid, tap.offset);
@@ -166,18 +166,18 @@ class PanelMaker {
     stores_.clear();
     for (int v = 0; v < vectors; ++v) {
       for (const Run& run : store_runs_) {
-        const Piece piece = cut(run, v, ~uint64_t{0}, 0);
+        const Piece piece = cut(run, v, kAllLanes, 0);
         if (piece.mask != 0) stores_.push_back(piece);
       }
     }
   }
 
-  static Piece cut(const Run& run, int vector, uint64_t valid, int64_t offset) {
-    const int first = std::max(run.begin, vector * kPanelLanes);
-    const int last = std::min(run.end, (vector + 1) * kPanelLanes);
-    const uint64_t bits = first < last ? lane_bits(first, last) & valid : 0;
+  static Piece cut(const Run& run, int vector, unsigned valid, int64_t offset) {
+    const int first = std::max(run.begin - vector * kPanelLanes, 0);
+    const int last = std::min(run.end - vector * kPanelLanes, kPanelLanes);
+    const unsigned bits = first < last ? lane_bits(first, last) & valid : 0;
     return {static_cast<int32_t>(run.offset + offset + vector * kPanelLanes),
-            static_cast<uint16_t>(vector), static_cast<uint16_t>(bits >> (vector * kPanelLanes))};
+            static_cast<uint16_t>(vector), static_cast<uint16_t>(bits)};
   }
 
   const PanelSource& source_;

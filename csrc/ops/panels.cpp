@@ -9,6 +9,12 @@
 #include "ops/partition.h"
 
 namespace sparselt {
+namespace {
+
+// Vectors of 16 columns that a thread must have for columns to be shared out rather than rows.
+constexpr int64_t kWorthSharing = 4;
+
+}  // namespace
 
 PanelTask::PanelTask(const Team& team, const Weight& weight, const Epilogue& epilogue,
                      PanelSource source)
@@ -17,21 +23,23 @@ PanelTask::PanelTask(const Team& team, const Weight& weight, const Epilogue& epi
       source_(std::move(source)),
       pixels_(source_.batch * source_.out_height * source_.out_width) {
   if (pixels_ == 0 || weight.rows == 0) return;
-  STD_TORCH_CHECK(
-      kMaxPanelLanes * std::max(source_.image_stride, weight.rows * pixels_ / source_.batch) <
-          std::numeric_limits<int32_t>::max(),
-      "x: images of this size need more than 32-bit offsets; split them");
+  // Pieces count from the first image that a panel meets, and it may meet a few more.
+  const int64_t area = source_.out_height * source_.out_width;
+  const int64_t images = std::min(source_.batch, (kMaxPanelLanes - 1) / area + 2);
+  STD_TORCH_CHECK(images * std::max(source_.image_stride, weight.rows * area) <
+                      std::numeric_limits<int32_t>::max(),
+                  "x: images of this size need more than 32-bit offsets; split them");
   parts_ = team.threads_for(stored_values(weight.sell) * pixels_);
 }
 
 int64_t PanelTask::own_floats() const {
-  return (weight_.sell.block_cols + 1 + weight_.rows) * kMaxPanelLanes;
+  return (weight_.sell.block_cols + 1 + weight_.rows) * weight_.kernel->tile_columns;
 }
 
 PanelTask::Share PanelTask::share_of(int64_t part) const {
   const int64_t sections = weight_.sell.num_sections;
   const int64_t vectors = (pixels_ + kPanelLanes - 1) / kPanelLanes;
-  if (vectors >= parts_ * kMaxPanelVectors || sections < parts_) {
+  if (vectors >= parts_ * kWorthSharing || sections < parts_) {
     return {even_columns(pixels_, part, parts_), {0, sections}};
   }
   return {{0, pixels_}, even_range(sections, part, parts_)};
@@ -54,7 +62,7 @@ void PanelTask::run_panel(Panel panel, int64_t begin, Range sections,
                           const Operands& operands) const {
   const int64_t image = point(source_, weight_.rows, begin, operands.x, operands.y, &panel);
   PanelCall call{weight_.sell, panel, epilogue_, operands.own,
-                 operands.own + (weight_.sell.block_cols + 1) * kMaxPanelLanes};
+                 operands.own + (weight_.sell.block_cols + 1) * weight_.kernel->tile_columns};
   if (operands.residual) {
     call.epilogue.residual =
         operands.residual + image * weight_.rows * source_.out_height * source_.out_width;

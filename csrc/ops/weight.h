@@ -1,6 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <memory>
+
+#include "jit/panel_code.h"
 #include "registry.h"
 
 namespace sparselt {
@@ -10,8 +13,9 @@ struct Weight {
   const KernelInfo* kernel;
   int64_t rows;
   int64_t cols;
-  SparseView view;  // of csr and bsr
-  SellView sell;    // of sell
+  SparseView view;                             // of csr and bsr
+  SellView sell;                               // of sell
+  std::shared_ptr<const jit::PanelCode> code;  // what sell.code points into
 };
 
 }  // namespace sparselt

@@ -26,6 +26,8 @@ __all__ = ["SELL"]
 _DEFAULT_BLOCK = (4, 128)
 _MAX_BLOCK_COLS = 2**15 - 1  # columns and the filler's column_block fit int16
 _SECTION_ROWS = 128  # rows that a section has at least: fewer make poorer slices
+_LOW_SLICE = 16
+_SECTION_SLICES = 16  # slices of more than _LOW_SLICE rows that a section has at least
 _MAX_SECTIONS = 16
 
 
@@ -145,7 +147,7 @@ class SELL(SparseWeight):
         # Entries lie by row and, within a row, by block: a "run" is a row's part of a block.
         entry_runs = entry_rows * num_blocks + columns // block_cols
         run_lengths = torch.bincount(entry_runs, minlength=weight.rows * num_blocks)
-        sections = _section_of_rows(weight)
+        sections = _section_of_rows(weight, height)
         run_slices, run_lanes, slices = _group_runs(run_lengths, sections, num_blocks, height)
         steps = torch.zeros(len(slices.lengths) + 1, dtype=torch.int64)
         torch.cumsum(slices.lengths, 0, out=steps[1:])
@@ -300,9 +302,11 @@ class _Slices:
         self.firsts, self.rows, self.lengths = firsts, rows, lengths
 
 
-def _section_of_rows(weight: CSR) -> Tensor:
+def _section_of_rows(weight: CSR, height: int) -> Tensor:
     """The section of each row: contiguous ranges of about the same number of values."""
-    count = max(1, min(_MAX_SECTIONS, weight.rows // _SECTION_ROWS))
+    # Rows that are no multiple of the height leave the last slice of a section part empty.
+    least = max(_SECTION_ROWS, _SECTION_SLICES * height if height > _LOW_SLICE else 0)
+    count = max(1, min(_MAX_SECTIONS, weight.rows // least))
     before = weight.crow_indices[:-1].long()
     # Rows are counted too, so that an empty weight is shared out as well.
     load = before + torch.arange(weight.rows)

@@ -13,7 +13,7 @@ namespace {
 
 int64_t check(const sparselt::KernelInfo& kernel) {
   using namespace neon_test;
-  if (kernel.op == "panel") return check_panel_spmm(kernel) + check_panel_conv2d(kernel);
+  if (kernel.panel) return check_panel_spmm(kernel) + check_panel_conv2d(kernel);
   return kernel.op == "conv2d" ? check_conv2d(kernel) : check_spmm(kernel);
 }
 
