@@ -44,13 +44,18 @@ void multiply_column(const SpmvCall& call, const BlockPlace& block, int64_t slic
   const SellView& w = call.weight;
   const Epilogue& e = call.epilogue;
   __m256 sum = _mm256_setzero_ps();
-  for (int64_t step = w.slice_steps[slice]; step < w.slice_steps[slice + 1]; ++step) {
-    const uint16_t* columns = w.columns + step * kSliceRows;
-    const float* values = w.values + step * kSliceRows;
-    prefetch(values, columns);
-    const __m128 low = load_four(block.x, columns);
-    const __m128 high = load_four(block.x, columns + 4);
-    sum = _mm256_fmadd_ps(_mm256_loadu_ps(values), _mm256_set_m128(high, low), sum);
+  const int64_t end = w.slice_steps[slice + 1];
+  for (int64_t step = w.slice_steps[slice]; step < end;) {
+    __m256 chain = _mm256_setzero_ps();
+    for (const int64_t stop = chain_end(step, end); step < stop; ++step) {
+      const uint16_t* columns = w.columns + step * kSliceRows;
+      const float* values = w.values + step * kSliceRows;
+      prefetch(values, columns);
+      const __m128 low = load_four(block.x, columns);
+      const __m128 high = load_four(block.x, columns + 4);
+      chain = _mm256_fmadd_ps(_mm256_loadu_ps(values), _mm256_set_m128(high, low), chain);
+    }
+    sum = _mm256_add_ps(sum, chain);
   }
   const int32_t* rows = w.slice_rows + slice * kSliceRows;
   const float* before = block.is_first ? e.bias : call.y;

@@ -35,13 +35,18 @@ void multiply_column(const SpmvCall& call, const BlockPlace& block, int64_t slic
   const SellView& w = call.weight;
   const Epilogue& e = call.epilogue;
   __m512 sum = _mm512_setzero_ps();
-  for (int64_t step = w.slice_steps[slice]; step < w.slice_steps[slice + 1]; ++step) {
-    const uint16_t* columns = w.columns + step * kSliceRows;
-    const float* values = w.values + step * kSliceRows;
-    prefetch(values, columns);
-    const __m256i narrow = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(columns));
-    const __m512i at = _mm512_maskz_cvtepu16_epi32(kAllRows, narrow);
-    sum = _mm512_fmadd_ps(_mm512_loadu_ps(values), gather(kAllRows, at, block.x), sum);
+  const int64_t end = w.slice_steps[slice + 1];
+  for (int64_t step = w.slice_steps[slice]; step < end;) {
+    __m512 chain = _mm512_setzero_ps();
+    for (const int64_t stop = chain_end(step, end); step < stop; ++step) {
+      const uint16_t* columns = w.columns + step * kSliceRows;
+      const float* values = w.values + step * kSliceRows;
+      prefetch(values, columns);
+      const __m256i narrow = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(columns));
+      const __m512i at = _mm512_maskz_cvtepu16_epi32(kAllRows, narrow);
+      chain = _mm512_fmadd_ps(_mm512_loadu_ps(values), gather(kAllRows, at, block.x), chain);
+    }
+    sum = _mm512_add_ps(sum, chain);
   }
   const int32_t* rows = w.slice_rows + slice * kSliceRows;
   const __m512i at = _mm512_loadu_si512(rows);

@@ -15,6 +15,15 @@ namespace {
 // keep up: without this, weights that come from memory took 1.3 to 2 times as long.
 constexpr int64_t kPrefetchValues = 512;  // stored values ahead
 
+// A row's products are added up in chains of this many, and the chains' sums after that: one chain
+// of hundreds rounds away two to three times as much.
+constexpr int64_t kChain = 32;
+
+// Where the chain ends that begins at `step`.
+inline int64_t chain_end(int64_t step, int64_t end) {
+  return end - step > kChain ? step + kChain : end;
+}
+
 inline void prefetch(const float* values, const uint16_t* columns) {
   _mm_prefetch(reinterpret_cast<const char*>(values + kPrefetchValues), _MM_HINT_T0);
   _mm_prefetch(reinterpret_cast<const char*>(columns + kPrefetchValues), _MM_HINT_T0);
@@ -78,26 +87,31 @@ template <int kSliceRows, class V>
 void multiply_columns(const SpmvCall& call, const BlockPlace& block, int64_t slice) {
   constexpr int64_t kLanes = sizeof(V) / sizeof(float);
   const SellView& w = call.weight;
-  V sum[kSliceRows];
-  SPARSELT_UNROLL
-  for (int r = 0; r < kSliceRows; ++r) sum[r] = broadcast(0.0f, V{});
-  for (int64_t step = w.slice_steps[slice]; step < w.slice_steps[slice + 1]; ++step) {
-    const uint16_t* columns = w.columns + step * kSliceRows;
-    const float* values = w.values + step * kSliceRows;
-    prefetch(values, columns);
+  alignas(32) float sums[kSliceRows * kLanes] = {};
+  const int64_t end = w.slice_steps[slice + 1];
+  for (int64_t step = w.slice_steps[slice]; step < end;) {
+    V sum[kSliceRows];
     SPARSELT_UNROLL
-    for (int r = 0; r < kSliceRows; r += 4) {
-      const uint64_t four = load_four_columns(columns + r);
+    for (int r = 0; r < kSliceRows; ++r) sum[r] = broadcast(0.0f, V{});
+    for (const int64_t stop = chain_end(step, end); step < stop; ++step) {
+      const uint16_t* columns = w.columns + step * kSliceRows;
+      const float* values = w.values + step * kSliceRows;
+      prefetch(values, columns);
       SPARSELT_UNROLL
-      for (int i = 0; i < 4; ++i) {
-        const V x_row = load_lanes(block.x + (four >> (16 * i) & 0xffff) * kLanes, V{});
-        sum[r + i] = multiply_add(broadcast(values[r + i], V{}), x_row, sum[r + i]);
+      for (int r = 0; r < kSliceRows; r += 4) {
+        const uint64_t four = load_four_columns(columns + r);
+        SPARSELT_UNROLL
+        for (int i = 0; i < 4; ++i) {
+          const V x_row = load_lanes(block.x + (four >> (16 * i) & 0xffff) * kLanes, V{});
+          sum[r + i] = multiply_add(broadcast(values[r + i], V{}), x_row, sum[r + i]);
+        }
       }
     }
+    SPARSELT_UNROLL
+    for (int r = 0; r < kSliceRows; ++r) {
+      store_lanes(sums + r * kLanes, add(sum[r], load_lanes(sums + r * kLanes, V{})));
+    }
   }
-  alignas(32) float sums[kSliceRows * kLanes];
-  SPARSELT_UNROLL
-  for (int r = 0; r < kSliceRows; ++r) store_lanes(sums + r * kLanes, sum[r]);
   const int32_t* rows = w.slice_rows + slice * kSliceRows;
   for (int r = 0; r < kSliceRows && rows[r] >= 0; ++r) {
     store_row(call, block, rows[r], load_lanes(sums + r * kLanes, V{}));
