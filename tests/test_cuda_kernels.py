@@ -20,12 +20,8 @@ from torch import Tensor
 from sparselt import reference
 from sparselt.formats import FORMATS, SparseWeight, pack
 from sparselt.formats.bsr_nhwc import ChannelsLastBSR
-from sparselt.formats.tile8 import Tile8
 
-CUDA_FORMATS: dict[str, type[SparseWeight]] = FORMATS | {
-    "bsr_nhwc": ChannelsLastBSR,
-    "tile8": Tile8,
-}
+CUDA_FORMATS: dict[str, type[SparseWeight]] = FORMATS | {"bsr_nhwc": ChannelsLastBSR}
 
 # Half a unit in the last place, relative, of what a result is rounded to.
 ROUNDOFF = {torch.float32: 0.0, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
@@ -44,6 +40,10 @@ SPMM_CASES = (
     SpmmCase(100, 300, 132, density=0.1),
     *(SpmmCase(33, k, n, density=0.5) for k in (255, 256, 257) for n in (1, 2, 11)),
     SpmmCase(5, 2600, 1, density=0.1),
+    # Pieces of K (16-bit tile8, patch8, bitmask), and groups with many chunks.
+    SpmmCase(40, 2100, 3, density=0.4),
+    SpmmCase(40, 2100, 17, density=0.1),
+    SpmmCase(130, 520, 65, density=0.2),
     SpmmCase(3, 300, 2, density=1.0),
     SpmmCase(0, 5, 7),
 )
@@ -205,7 +205,27 @@ def test_spmm_runs_a_batch(machine: Host, kernel: str, columns: int) -> None:
         assert_close((kernel, str(case)), got, reference.spmm, weight, item)
 
 
-@pytest.mark.parametrize("kernel", kernels("spmm"))
+def unpacks_dense_tiles(kernel: str) -> bool:
+    """Whether it multiplies the zeros between the stored weights too, as a dense layer does."""
+    _, sparse_format, dtype = registered()[kernel]
+    return sparse_format == "patch8" or (sparse_format == "bitmask" and dtype != "float32")
+
+
+@pytest.mark.parametrize("kernel", [k for k in kernels("spmm") if unpacks_dense_tiles(k)])
+@pytest.mark.parametrize("columns", [3, 17])
+def test_infinite_x_reaches_only_its_own_column_of_dense_tiles(
+    machine: Host, kernel: str, columns: int
+) -> None:
+    case = SpmmCase(33, 90, columns, density=0.3)
+    weight, x = packed(kernel, case), rounded(case.x(), kernel)
+    x[::7, 1] = torch.inf
+    y = machine.spmm(kernel, weight, x)
+    assert not y[:, 1].isfinite().any()
+    kept = [n for n in range(columns) if n != 1]
+    assert_close((kernel, str(case)), y[:, kept], reference.spmm, weight, x[:, kept])
+
+
+@pytest.mark.parametrize("kernel", [k for k in kernels("spmm") if not unpacks_dense_tiles(k)])
 @pytest.mark.parametrize("columns", [1, 3, 16, 64])
 def test_infinite_x_reaches_only_what_is_stored(machine: Host, kernel: str, columns: int) -> None:
     case = SpmmCase(33, 90, columns, "empty columns", density=0.3)

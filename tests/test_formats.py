@@ -23,6 +23,8 @@ FORMAT_BLOCKS = [
     *(("bsr", block) for block in BLOCKS),
     *(("sell", block) for block in SLICES),
     *(("tile8", block) for block in (None, (32, 128))),
+    ("bitmask", None),
+    ("patch8", None),
 ]
 SHAPES = [(1, 1), (1, 9), (9, 1), (17, 23), (5, 3, 7), (6, 2, 3, 5), (4, 1, 1, 1)]
 EMPTY_SHAPES = [(0, 4), (4, 0), (0, 0), (3, 0, 5), (3, 4, 0, 2), (0, 2, 3, 3)]
@@ -182,8 +184,9 @@ def test_sizes_are_what_the_parts_say(format: str, block: tuple[int, int] | None
     weight, mask = random_weight((16, 3, 5, 5), 0.3, seed=5)
     packed = pack(weight, mask, format, block)
     assert (packed.rows, packed.cols) == (16, 75)
-    # Of what fills up a chunk of tile8 no value is stored.
-    stored = int(mask.sum()) if format == "tile8" else packed.values.numel()
+    # What fills up a chunk is no stored value.
+    chunked = format in ("tile8", "bitmask", "patch8")
+    stored = int(mask.sum()) if chunked else packed.values.numel()
     assert packed.nnz == stored >= int(mask.sum())
     assert packed.density == packed.nnz / weight.numel()
     assert packed.nbytes == sum(part.numel() * part.element_size() for part in packed.parts())

@@ -65,10 +65,27 @@ void check_tile8(const Input& input, const Parts& parts, Weight& weight) {
   weight.parts[3] = check_part(input, parts[3], "values", input.type, stored);
 }
 
+// Of 32 rows by 256 columns a group, in patches of block_rows x block_cols.
+void check_patches(const Input& input, const Parts& parts, Weight& weight, bool bitmask) {
+  constexpr int64_t kLanes = 32;
+  const int64_t groups = blocks_along(weight.rows, 32) * blocks_along(weight.cols, 256);
+  const int64_t stored = parts[3].numel();
+  weight.parts[0] = check_part(input, parts[0], "chunk_offsets", ScalarType::Int, groups + 1);
+  weight.parts[1] = check_part(input, parts[1], "counts", ScalarType::Byte, groups * kLanes);
+  weight.parts[2] = bitmask
+                        ? check_part(input, parts[2], "masks", ScalarType::Int, groups * kLanes * 8)
+                        : check_part(input, parts[2], "places", ScalarType::Byte, stored);
+  weight.parts[3] = check_part(input, parts[3], "values", input.type, stored);
+}
+
 // values of CSR are (nnz,), those of blocks (blocks, block_rows, block_cols), even when a block is
-// 1 x 1; an index of bsr_nhwc is two numbers; tile8 has a fourth part.
+// 1 x 1; an index of bsr_nhwc is two numbers; tile8, patch8
+// and bitmask have a fourth part, and their third is a matrix, a vector or more than that.
 std::string_view format_of(const Parts& parts) {
-  if (parts.size() == 4) return "tile8";
+  if (parts.size() == 4) {
+    const int64_t dims = parts[2].dim();
+    return dims == 1 ? "patch8" : dims == 2 ? "tile8" : "bitmask";
+  }
   if (parts[1].dim() == 2) return "bsr_nhwc";
   return parts[2].dim() == 1 ? "csr" : "bsr";
 }
@@ -110,8 +127,8 @@ Tensor as_operand(const Input& input, const Tensor& tensor, const char* name, Me
 CheckedWeight as_weight(const Input& input, const Parts& parts, const Ints& meta,
                         const std::string& kernel, std::string_view op, size_t dims) {
   STD_TORCH_CHECK(parts.size() == 3 || parts.size() == 4,
-                  "parts: expected the 3 of CSR or BSR or the 4 of tile8, got ", parts.size(),
-                  " tensors; pack the weight with format='csr' for CUDA");
+                  "parts: expected the 3 of CSR or BSR or the 4 of tile8, patch8 or bitmask, got ",
+                  parts.size(), " tensors; pack the weight with format='csr' for CUDA");
   STD_TORCH_CHECK(meta.size() == dims + 2, "meta: expected block_rows, block_cols and a shape of ",
                   dims, " sizes, got ", meta.size(), " numbers");
   Weight weight{};
@@ -129,6 +146,8 @@ CheckedWeight as_weight(const Input& input, const Parts& parts, const Ints& meta
   const std::string_view format = format_of(parts);
   if (format == "tile8") {
     check_tile8(input, parts, weight);
+  } else if (format == "patch8" || format == "bitmask") {
+    check_patches(input, parts, weight, format == "bitmask");
   } else {
     check_compressed(input, parts, weight);
   }

@@ -30,58 +30,6 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
-// A place in shared memory by its number. Kernels that reckon with places do it in these, since a
-// pointer would be made anew, from the block's rank in its cluster, wherever the compiler moves a
-// load.
-using SharedPlace = uint32_t;
-__device__ __forceinline__ SharedPlace shared_place(const void* pointer) {
-  return shared_address(pointer);
-}
-
-// first + unit * (byte i of a word), for units below 256: a dot product of bytes with one of them.
-__device__ __forceinline__ SharedPlace place_of_byte(SharedPlace first, uint32_t word, int i,
-                                                     uint32_t unit) {
-  return __dp4a(word, unit << (8 * i), first);
-}
-
-// A value of 2, 4, 8, 16 or 32 bytes, aligned to its size, but to no more than 16.
-template <class V>
-__device__ __forceinline__ V load_shared(SharedPlace place) {
-  union {
-    V value;
-    uint16_t half;
-    uint32_t words[8];
-  } loaded;
-  if constexpr (sizeof(V) == 2) {
-    asm volatile("ld.shared.u16 %0, [%1];" : "=h"(loaded.half) : "r"(place));
-  } else if constexpr (sizeof(V) == 4) {
-    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(loaded.words[0]) : "r"(place));
-  } else if constexpr (sizeof(V) == 8) {
-    asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];"
-                 : "=r"(loaded.words[0]), "=r"(loaded.words[1])
-                 : "r"(place));
-  } else {
-    static_assert(sizeof(V) == 16 || sizeof(V) == 32, "one load or two");
-#pragma unroll
-    for (int i = 0; i < static_cast<int>(sizeof(V) / 16); ++i) {
-      uint32_t* words = loaded.words + 4 * i;
-      asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-                   : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
-                   : "r"(place + 16u * static_cast<unsigned>(i)));
-    }
-  }
-  return loaded.value;
-}
-template <class V>
-__device__ __forceinline__ void store_shared(SharedPlace place, V value) {
-  static_assert(sizeof(V) == 2 || sizeof(V) == 4, "one store");
-  if constexpr (sizeof(V) == 2) {
-    asm volatile("st.shared.u16 [%0], %1;" ::"r"(place), "h"(value));
-  } else {
-    asm volatile("st.shared.u32 [%0], %1;" ::"r"(place), "r"(value));
-  }
-}
-
 // Copies 16 or 4 bytes from global to shared memory in the background; zeros instead of the source
 // where !valid. Both addresses are multiples of the size. The bytes are there for this thread after
 // copy_wait, for others after a barrier more.

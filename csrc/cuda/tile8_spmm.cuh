@@ -15,14 +15,13 @@
 //        row 2                                             step 1: a . . d
 //        row 3  d d                                        step 2: a . . .
 //
-//   A lane finds its chunk by a vote: those below it that have one too. Offsets of a row may come
-//   in any order; the packer's spreads the lanes of a step over the banks of shared memory.
+//   A lane finds its chunk by a vote: those below it that have one too. The packer orders the
+//   offsets of a row so that the lanes of a step spread over the banks of shared memory.
 //
 // A block of threads owns a slice; its warps share out the panels, keep the sums of their lane's
-// row, and add them up in the end, in warp order. Where there are too few slices to fill a GPU a
-// block has more warps, and then K is cut into pieces (split_sums.cuh). x is kept in shared memory.
-// A warp reads its chunks in batches of 3 a lane, the next batch, of this panel or the next one,
-// before it multiplies the last: 1.1 KB of a 16-bit type are on their way to each warp at any time.
+// row, and add them up in the end, in warp order. Weights with few slices get more warps a block,
+// then pieces of K (split_sums.cuh). A warp reads the batch of 3 chunks a lane after the one that
+// it multiplies: 1.1 KB of a 16-bit type are on their way to each warp at any time.
 //
 // Bounds, by counting, float16, density 0.1 (26 weights of a row and panel): 3.2 bytes a weight,
 // padding and counts included, against 20 of the dense matrix: 6.2 times fewer. A multiprocessor of
@@ -37,12 +36,11 @@
 //        4    17 / 0.75 = 23  5                          at most 100 %: issue is as slow
 //        8    28 / 0.75 = 37  10                         no: at most 57 %
 //
-// Source: byte offsets into column panels follow from counting bytes (no published kernel is
-// followed); lanes that share out lists of unequal length by votes are an old SIMD technique.
+// Source: byte offsets follow from counting bytes; lanes that share out lists of unequal length by
+// votes are an old SIMD technique. No published kernel is followed.
 #pragma once
 
-#include <type_traits>
-
+#include "cuda/shared_place.cuh"
 #include "cuda/split_sums.cuh"
 
 namespace sparselt::cuda {
@@ -98,7 +96,7 @@ struct Batch {
 template <class T>
 struct ChunkStream {
   const Tile8View<T>& weight;
-  int64_t first_group;  // of the slice
+  int64_t first_group;
   int panel, stride, end;
   SharedPlace x, x_stride;  // where the panel's x is held, and how far to the warp's next one
   int lane = static_cast<int>(threadIdx.x) % kWarpSize;

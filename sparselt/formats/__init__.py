@@ -7,18 +7,32 @@ from torch import Tensor
 
 from sparselt.errors import FormatError, explain_mismatch
 from sparselt.formats.base import SparseWeight
+from sparselt.formats.bitmask import Bitmask
 from sparselt.formats.bsr import BSR
 from sparselt.formats.csr import CSR
+from sparselt.formats.patch8 import Patch8
 from sparselt.formats.sell import SELL
 from sparselt.formats.tile8 import Tile8
 
-__all__ = ["BSR", "CSR", "FORMATS", "SELL", "SparseWeight", "Tile8", "pack"]
+__all__ = [
+    "BSR",
+    "CSR",
+    "FORMATS",
+    "SELL",
+    "Bitmask",
+    "Patch8",
+    "SparseWeight",
+    "Tile8",
+    "pack",
+]
 
 FORMATS: dict[str, type[SparseWeight]] = {
     "csr": CSR,
     "bsr": BSR,
     "sell": SELL,
     "tile8": Tile8,
+    "bitmask": Bitmask,
+    "patch8": Patch8,
 }
 
 
@@ -38,7 +52,8 @@ def pack(
             convolution; float32, float16 or bfloat16, any strides.
         mask: the same shape, bool or 0/1 valued: what to keep. A kept 0.0 stays stored. None keeps
             every weight that is not 0.
-        format: a key of `FORMATS`. "sell" is for the CPU, "tile8" for few columns on CUDA.
+        format: a key of `FORMATS`. "sell" is for the CPU; "tile8", "bitmask" and "patch8" are
+            for few columns on CUDA.
         block: (rows, cols) of a block; None means the format's own, which is (4, 1) for "bsr".
 
     Returns:

@@ -289,7 +289,7 @@ class SELL(SparseWeight):
 
 def _check_on_cpu(part: Tensor) -> None:
     if part.is_cuda:
-        hint = "CUDA kernels read csr, bsr and tile8: pack the weight with format='csr'"
+        hint = "CUDA kernels read other formats: pack the weight with format='csr'"
         raise DeviceError(
             explain_mismatch("format 'sell'", "a weight on the CPU", part.device, hint)
         )

@@ -32,7 +32,8 @@ ROOT = Path(__file__).resolve().parents[2]
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 FLAGS = ["-std=c++20", "-O1", "-g1", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
 MAX_PARTS = 4
-TILE8_CHUNK = 4  # elements that parts of the tile8 format are read by
+# Elements that parts of a format are read by, where that is more than one.
+PART_ALIGNMENT = {"tile8": 4, "patch8": 4, "bitmask": 8}
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -182,7 +183,7 @@ class Host:
         integers = [rows, cols, *weight.block, *strides, columns, batch]
         arrays = [*weight_arrays(weight), x, None, bias, residual]
         size = math.prod(shape)
-        aligned = TILE8_CHUNK if weight.name == "tile8" else 1
+        aligned = PART_ALIGNMENT.get(weight.name, 1)
         how = (schedule, workspace)
         y = self._call(kernel, how, integers, (lower, upper), arrays, size, offset, aligned)
         return y.view(*shape[:-2], columns, rows).mT if batch_major else y.view(shape)

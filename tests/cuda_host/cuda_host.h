@@ -185,6 +185,18 @@ void store_shared(SharedPlace place, V value) {
   if (place % sizeof(V) != 0) cuda_host::fail("an unaligned store to shared memory");
   *reinterpret_cast<V*>(place) = value;
 }
+template <class V>
+void store_shared_if(uint32_t wanted, SharedPlace place, V value) {
+  if (wanted) store_shared(place, value);
+}
+template <uint32_t kBits, int kStep, class V>
+V load_next_if(uint32_t wanted, SharedPlace& place, V) {
+  if ((wanted & kBits) == 0) return V{};
+  const V value = load_shared<V>(place);
+  place += kStep;
+  return value;
+}
+inline uint32_t join_halves(uint32_t low, uint32_t high) { return high << 16 | low; }
 inline void copy_async_16(void* shared, const void* global, bool valid = true) {
   cuda_host::copy_async(shared, global, 16, valid);
 }
