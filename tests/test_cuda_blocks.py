@@ -24,7 +24,7 @@ SPMM_KERNELS = [name for name in kernels("spmm") if registered()[name][1] == "bs
 CONV_KERNELS = [name for name in kernels("conv2d") if registered()[name][1] == "bsr_nhwc"]
 HALF, BFLOAT = torch.float16, torch.bfloat16
 
-# A row or column more than whole tiles; less depth than a step, several steps; many columns.
+# Rows and columns beside whole tiles; less depth than a step, several steps; many columns.
 TILES: tuple[tuple[SpmmCase, Block], ...] = (
     (SpmmCase(64, 96, 136), (16, 16)),
     (SpmmCase(40, 72, 24), (16, 8)),
@@ -33,6 +33,7 @@ TILES: tuple[tuple[SpmmCase, Block], ...] = (
     (SpmmCase(200, 200, 24), (128, 40)),
     (SpmmCase(300, 64, 40), (256, 16)),
     (SpmmCase(64, 64, 1032), (64, 32)),
+    (SpmmCase(128, 80, 1032), (128, 16)),
 )
 STRIPS: tuple[tuple[SpmmCase, Block], ...] = tuple(
     (SpmmCase(m, k, n), block)

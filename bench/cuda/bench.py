@@ -64,7 +64,12 @@ def weight_of(case: Case) -> Tensor:
     # Blocks of a convolution lie under one tap of the filter.
     flat = (weight.permute(0, 2, 3, 1) if case.channels_last else weight).reshape(case.rows, -1)
     grid = (-(-flat.shape[0] // case.block[0]), -(-flat.shape[1] // case.block[1]))
-    kept = torch.rand(grid, device="cuda", generator=generator) < case.density
+    kept = torch.rand(grid, device="cuda", generator=generator)
+    if case.block == (1, 1):
+        kept = kept < case.density
+    else:  # exactly: a small layer has few blocks
+        count = max(round(case.density * kept.numel()), 1)
+        kept = kept <= kept.view(-1).kthvalue(count).values
     kept = kept.repeat_interleave(case.block[0], 0).repeat_interleave(case.block[1], 1)
     flat = flat * kept[: flat.shape[0], : flat.shape[1]]
     if case.channels_last:

@@ -8,6 +8,7 @@
 //                 Where a tap leaves the map it finds zeros: each pixel has a bit for each r and
 //                 each s that stay inside.
 // An Input offers
+//   kThreads               that take part
 //   kBytes                 of one step in shared memory
 //   kByPixels              how it is kept there
 //   kWide                  whether W and x come in aligned 16-byte pieces; if not, each element is
@@ -20,12 +21,13 @@
 
 namespace sparselt::cuda {
 
-template <class T, int kColumns, bool kPieces16>
+template <class T, int kColumns, int kTeam, bool kPieces16>
 struct MatrixInput {
+  static constexpr int kThreads = kTeam;
   static constexpr bool kWide = kPieces16;
   static constexpr bool kByPixels = false;
   static constexpr int kPieces = kColumns / kPiece<T>;  // of a row
-  static constexpr int kLines = kBlockThreads / kPieces;
+  static constexpr int kLines = kThreads / kPieces;
   static constexpr int kBytes = kStep<T> * kColumns * static_cast<int>(sizeof(T));
 
   const T* x;  // x[0, first column of the tile]
@@ -94,8 +96,9 @@ struct OutputPixel {
 constexpr int kMostTaps = 15;            // along a side; bits 15 and 31 stay free, for
 constexpr uint32_t kNowhere = 1u << 31;  // what no pixel has inside
 
-template <class T, int kColumns, bool kTurned, bool kPieces16>
+template <class T, int kColumns, int kTeam, bool kTurned, bool kPieces16>
 struct PixelInput {
+  static constexpr int kThreads = kTeam;
   static constexpr bool kWide = kPieces16;
   static constexpr bool kByPixels = !kTurned;
   static constexpr int kPieces = kTurned ? kColumns / kPiece<T> : kRowPieces;
@@ -118,7 +121,7 @@ struct PixelInput {
     x = static_cast<const T*>(call.x) + start + group * g.group_channels;
 
     auto* pixel_places = reinterpret_cast<PixelPlace*>(tables);
-    for (int i = static_cast<int>(threadIdx.x); i < kColumns; i += kBlockThreads) {
+    for (int i = static_cast<int>(threadIdx.x); i < kColumns; i += kThreads) {
       PixelPlace found{0, 0};
       if (first + i < call.columns) {
         const OutputPixel pixel(g, first + i);
@@ -135,7 +138,7 @@ struct PixelInput {
       pixel_places[i] = found;
     }
     auto* tap_places = reinterpret_cast<Tap*>(pixel_places + kColumns);
-    for (int i = static_cast<int>(threadIdx.x); i < g.kernel_h * g.kernel_w; i += kBlockThreads) {
+    for (int i = static_cast<int>(threadIdx.x); i < g.kernel_h * g.kernel_w; i += kThreads) {
       const int r = i / g.kernel_w;
       const int s = i % g.kernel_w;
       tap_places[i] = {(r * g.dilation_h * g.width + s * g.dilation_w) * g.channels,
@@ -197,7 +200,7 @@ struct PixelInput {
     const int piece = static_cast<int>(threadIdx.x) % kRowPieces;
     const int line = static_cast<int>(threadIdx.x) / kRowPieces;
 #pragma unroll
-    for (int i = 0; i < kColumns; i += kBlockThreads / kRowPieces) {
+    for (int i = 0; i < kColumns; i += kThreads / kRowPieces) {
       const PixelPlace place = places[line + i];
       copy_async_16(piece_at<T, kPieces>(tile, line + i, piece), x + from.offset + place.offset,
                     reaches(place, from));
@@ -215,7 +218,7 @@ struct PixelInput {
     }
 #pragma unroll 1
     for (int line = static_cast<int>(threadIdx.x) / kRowPieces; line < kColumns;
-         line += kBlockThreads / kRowPieces) {
+         line += kThreads / kRowPieces) {
       const PixelPlace place = places[line];
       gather_piece(
           piece_at<T, kPieces>(tile, line, piece),
@@ -227,7 +230,7 @@ struct PixelInput {
   // A warp copies patches of 8 columns of W' by 4 pixels: whole 32-byte sectors on the way in, all
   // banks on the way out.
   __device__ void stage_turned(T* tile, const Tap& from) const {
-    static_assert(!kTurned || (sizeof(T) == 4 && kStep<T> == kBlockThreads / kWarpSize * 8));
+    static_assert(!kTurned || (sizeof(T) == 4 && kStep<T> == kThreads / kWarpSize * 8));
     const int line = my_column();
     const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
 #pragma unroll 8

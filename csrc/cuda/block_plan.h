@@ -34,12 +34,13 @@ inline BlockPlan plan_blocks(const Weight& weight, int64_t columns, int64_t batc
   const int64_t block_rows = up(weight.rows, weight.block_rows);
   const int64_t row_tiles = block_rows * up(weight.block_rows, plan.rows);
   const auto tiles = [&] { return row_tiles * up(columns, plan.columns) * batch; };
-  if (element == 2 && channels_last && plan.rows == 64 && columns >= kManyColumns) {
+  const int64_t depth = block_rows == 0 ? 0 : weight.stored * weight.block_cols / block_rows;
+  if (element == 2 && channels_last && plan.rows >= 64 && columns >= kManyColumns &&
+      depth >= kDeepProduct) {
     plan.columns = 256;
     if (tiles() < kWantedTiles) plan.columns = 128;
   }
   if (tiles() == 0 || tiles() >= kEnoughTiles) return plan;
-  const int64_t depth = weight.stored * weight.block_cols / block_rows;
   const int64_t splits = std::min({up(kWantedTiles, tiles()), depth / kLeastDepth, kMostSplits});
   if (splits < 2) return plan;
   plan.splits = static_cast<int>(splits);
@@ -59,6 +60,9 @@ inline int64_t workspace_floats(const SpmmCall& call, size_t element) {
   if (w.block_cols == 1 && (w.block_rows == 1 || w.block_rows % 4 == 0)) return 0;
   if (!is_channels_last(call))
     return plan_blocks(w, call.columns, call.batch, element, false).floats;
+  if (call.columns * call.batch <= strip_columns(element) &&
+      w.block_cols * static_cast<int64_t>(element) % 16 == 0)
+    return 0;
   return plan_blocks(w, call.columns * call.batch, 1, element, true).floats;
 }
 

@@ -6,21 +6,22 @@
 //              columns. Of 64 rows and 4 columns of W': 64 * 4 multiply-adds a lane for 4 + 16
 //              reads of 16 bytes from shared memory, of which those of weights are the same for all
 //              lanes.
-//   16 bits    on the tensor cores (mma.sync m16n8k16, float32 sums). A warp keeps all rows of up
-//   to
-//              64 by a quarter of the columns, or a quarter of 128 x 128. Matrices of the next 16
+//   16 bits    on the tensor cores (mma.sync m16n8k16, float32 sums). A warp keeps all of up to 64
+//              rows by a quarter of the columns; of 128 rows, 64 x 64. Matrices of the next 16
 //              columns of W' are loaded (ldmatrix) while these are multiplied.
 //
-// What decides, by counting, for rows x columns a tile and 64 columns of W' in 16 bits; L2 is taken
-// to deliver 24 bytes a cycle and multiprocessor, mma.sync to run at 60 % of wgmma's 4096
-// operations:
+// What decides, by counting, for a step of 64 columns of W' in 16 bits and x (N, K): instructions
+// that a scheduler issues (counted in the code for 9.0a), the tensor cores if mma.sync runs at 60 %
+// of the 4096 operations a cycle that wgmma reaches, and L2 if it delivers 24 bytes a cycle and
+// multiprocessor. The last two are assumptions until they are measured.
 //
-//   tile         mma   other instructions       tensor cores   L2 bytes   cycles of L2
-//   16 x 128      64   a warp, counted in        104 cycles     18 K       768
-//   32 x 128     128   docs/cuda.md              208            20 K       853
-//   64 x 128     256                             416            24 K      1024
-//   64 x 256     512                             832            40 K      1707
-//   128 x 128    512                             832            32 K      1365
+//   tile          mma   issue   tensor cores   L2 bytes   cycles of L2
+//   16 x 128       64     266            104       18 K            768
+//   32 x 128      128     307            208       20 K            853
+//   64 x 128      256     302            416       24 K           1024
+//   64 x 256      512     461            832       40 K           1707
+//   128 x 128     512     399            832       32 K           1365
+//   128 x 256    1024     746           1664       48 K           2048
 //
 // So the way from L2 decides everywhere, not the tensor cores: wgmma would not be faster as long as
 // each block row fetches its own x. Taller blocks and wider tiles are what helps.
@@ -43,10 +44,10 @@ constexpr int kTileMemory =
         : SumTile<kRows, kColumns, kRowsInside>::kBytes;
 
 template <int kRows, class Input, bool kRowsInside>
-__global__ void __launch_bounds__(kBlockThreads)
+__global__ void __launch_bounds__(Input::kThreads)
     multiply_blocks_exactly(const __grid_constant__ BlockCall call) {
   constexpr int kColumns = 128;
-  constexpr int kWarpTileRows = kRows * kWarpSize / kBlockThreads;
+  constexpr int kWarpTileRows = kRows * kWarpSize / Input::kThreads;
   constexpr int kLane = kColumns / kWarpSize;
   using Sums = SumTile<kRows, kColumns, kRowsInside>;
   unsigned char* shared = shared_memory();
@@ -89,7 +90,7 @@ __global__ void __launch_bounds__(kBlockThreads)
 template <class T, int kRows, int kColumns, bool kByPixels>
 struct WarpTile {
   static constexpr int kDown = kRows > 64 ? 2 : 1;  // warps
-  static constexpr int kAcross = kBlockThreads / kWarpSize / kDown;
+  static constexpr int kAcross = kTileThreads<kRows, kColumns> / kWarpSize / kDown;
   static constexpr int kRowTiles = kRows / kDown / 16;
   static constexpr int kPairs = kColumns / kAcross / 16;  // of tiles of 8 columns
   static constexpr int kInputPieces = kByPixels ? kRowPieces : kColumns / kPiece<T>;
@@ -133,7 +134,7 @@ struct WarpTile {
 };
 
 template <class T, int kRows, int kColumns, class Input, bool kRowsInside>
-__global__ void __launch_bounds__(kBlockThreads)
+__global__ void __launch_bounds__(Input::kThreads)
     multiply_blocks_on_tensor_cores(const __grid_constant__ BlockCall call) {
   using Warp = WarpTile<T, kRows, kColumns, Input::kByPixels>;
   using Sums = SumTile<kRows, kColumns, kRowsInside>;
@@ -189,11 +190,11 @@ cudaError_t launch_blocks(const BlockCall& given, cudaStream_t stream) {
   const size_t shared = kTileMemory<kRows, kColumns, Input, kRowsInside> + Input::table_bytes(call);
   cudaError_t result;
   if constexpr (sizeof(T) == 4) {
-    result = launch(multiply_blocks_exactly<kRows, Input, kRowsInside>, tiles, kBlockThreads,
+    result = launch(multiply_blocks_exactly<kRows, Input, kRowsInside>, tiles, Input::kThreads,
                     shared, stream, call);
   } else {
     result = launch(multiply_blocks_on_tensor_cores<T, kRows, kColumns, Input, kRowsInside>, tiles,
-                    kBlockThreads, shared, stream, call);
+                    Input::kThreads, shared, stream, call);
   }
   if (result != cudaSuccess || call.partial == nullptr) return result;
   const int64_t outputs = call.batch * call.weight.rows * call.columns;

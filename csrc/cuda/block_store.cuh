@@ -52,6 +52,7 @@ template <class T, int kRows, int kColumns, bool kRowsInside>
 __device__ __forceinline__ void store_tile(const BlockCall& call, const BlockPlace& place,
                                            const SumTile<kRows, kColumns, kRowsInside>& tile) {
   using Tile = SumTile<kRows, kColumns, kRowsInside>;
+  constexpr int kThreads = kTileThreads<kRows, kColumns>;
   constexpr int kPieces = Tile::kInner / kPiece<T>;
   const int rows = place.rows(call, kRows);
   const int columns =
@@ -67,7 +68,7 @@ __device__ __forceinline__ void store_tile(const BlockCall& call, const BlockPla
   const int count = min((kRowsInside ? rows : columns) - first, kPiece<T>);
 #pragma unroll 1
   for (int line = static_cast<int>(threadIdx.x) / kPieces; line < (kRowsInside ? columns : rows);
-       line += kBlockThreads / kPieces) {
+       line += kThreads / kPieces) {
     const float* from = tile.sums + line * Tile::kPitch + first;
     const int64_t index = start + line * stride + first;
     const int64_t first_row = kRowsInside ? row + first : row + line;

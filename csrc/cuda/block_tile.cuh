@@ -12,7 +12,9 @@
 
 namespace sparselt::cuda {
 
-constexpr int kBlockThreads = 128;
+// Threads that share a tile: as many as keep 128 sums each, and at least 128.
+template <int kRows, int kColumns>
+constexpr int kTileThreads = kRows * kColumns > 128 * 128 ? 256 : 128;
 constexpr int kStages = 3;
 constexpr int kRowPieces = 8;  // 16-byte pieces of a row of W' in a step
 
@@ -153,9 +155,9 @@ __device__ __forceinline__ void gather_piece(T* to, const From& from, const Exis
 
 // Copies step [first, first + kStep) of W' to shared memory, kRows rows. kWide: pieces of W never
 // cross a block, and are aligned.
-template <class T, int kRows, bool kWide>
+template <class T, int kRows, int kThreads, bool kWide>
 __device__ __forceinline__ void stage_weights(T* tile, const BlockRow<T>& row, int first) {
-  constexpr int kLines = kBlockThreads / kRowPieces;
+  constexpr int kLines = kThreads / kRowPieces;
   const int piece = static_cast<int>(threadIdx.x) % kRowPieces;
   const int line = static_cast<int>(threadIdx.x) / kRowPieces;
   const int t = first + piece * kPiece<T>;
@@ -190,7 +192,8 @@ __device__ __forceinline__ void for_each_step(const BlockRow<T>& row, Input& inp
   const auto stage = [&](int step, unsigned char* memory) {
     if (step < steps) {
       input.stage(reinterpret_cast<T*>(memory + kWeightBytes), row, step * kStep<T>);
-      stage_weights<T, kRows, Input::kWide>(reinterpret_cast<T*>(memory), row, step * kStep<T>);
+      stage_weights<T, kRows, Input::kThreads, Input::kWide>(reinterpret_cast<T*>(memory), row,
+                                                             step * kStep<T>);
     }
     copy_commit();
   };

@@ -20,7 +20,7 @@ namespace sparselt::cuda {
 
 template <class T, int kRows, int kColumns, bool kWide>
 cudaError_t launch_pixels(const BlockCall& call, cudaStream_t stream) {
-  using Input = PixelInput<T, kColumns, sizeof(T) == 4, kWide>;
+  using Input = PixelInput<T, kColumns, kTileThreads<kRows, kColumns>, sizeof(T) == 4, kWide>;
   return launch_blocks<T, kRows, kColumns, Input, true>(call, stream);
 }
 
@@ -87,8 +87,13 @@ cudaError_t bsr_nhwc_conv2d(const Conv2dCall& conv, cudaStream_t stream) {
   if (plan.rows == 16) return launch_pixels<T, 16, 128, true>(call, stream);
   if (plan.rows == 32) return launch_pixels<T, 32, 128, true>(call, stream);
   if constexpr (sizeof(T) == 2) {
+    if (plan.columns == 256) {
+      const cudaError_t result = plan.rows == 128 ? launch_pixels<T, 128, 256, true>(call, stream)
+                                                  : launch_pixels<T, 64, 256, true>(call, stream);
+      // Devices of 8.6 and 8.9 have too little shared memory for it.
+      if (result != cudaErrorNotSupported) return result;
+    }
     if (plan.rows == 128) return launch_pixels<T, 128, 128, true>(call, stream);
-    if (plan.columns == 256) return launch_pixels<T, 64, 256, true>(call, stream);
   }
   return launch_pixels<T, 64, 128, true>(call, stream);
 }

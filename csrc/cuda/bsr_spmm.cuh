@@ -62,7 +62,8 @@ inline cudaError_t multiply_pixels(const SpmmCall& call, Conv2dLauncher convolut
 
 template <class T, int kRows, bool kWide>
 cudaError_t launch_rows(const BlockCall& call, cudaStream_t stream) {
-  return launch_blocks<T, kRows, 128, MatrixInput<T, 128, kWide>, false>(call, stream);
+  using Input = MatrixInput<T, 128, kTileThreads<kRows, 128>, kWide>;
+  return launch_blocks<T, kRows, 128, Input, false>(call, stream);
 }
 
 template <class T>

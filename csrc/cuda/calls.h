@@ -26,6 +26,9 @@ constexpr int kMaxParts = 4;
 // Of the largest GPUs meant, H100 and H200: how many blocks of threads a launch should at least
 // have is decided for these everywhere, so that results do not depend on the device.
 constexpr int kMultiprocessors = 132;
+// Multiplied columns of W from which a tile may have a multiprocessor to itself, with nobody to
+// hide its first copies and last writes.
+constexpr int kDeepProduct = 1024;
 #endif
 
 // A weight matrix of rows x cols. `parts` are the arrays of its format, in the order of the

@@ -16,9 +16,10 @@
 //   shared memory   512 bytes of x, 8 of the entry, 6 / n cycles            5.4 cycles  <- decides
 //   L2              512 * 64 / (96 n) bytes of x and 8 of W at 24 a cycle   2.5 cycles
 // That is at most 18 % of the FP32 peak: 12 TFLOP/s of 67, as much as a dense product at 124. It
-// will be less: rows differ in their count inside a window, and a block waits for its slowest warp.
-// A dense product in TF32 or 16 bits runs at several hundred TFLOP/s and stays ahead until the
-// density is far below 0.1. N <= 4 is bound by the 8 bytes of a stored value.
+// will be less: rows differ in their count inside a window, and a block waits for its slowest warp,
+// which is why rows are dealt to warps by length. A dense product in TF32 or 16 bits runs at
+// several hundred TFLOP/s and stays ahead until the density is far below 0.1. N <= 4 is bound by
+// the 8 bytes of a stored value.
 //
 // Source: windows of x and sums in registers, as in blocked dense products. The 1-D tiles of
 // google-research/sputnik (sputnik/spmm) are the nearest relative; they read x through L1 for each

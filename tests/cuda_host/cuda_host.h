@@ -163,6 +163,7 @@ using std::fmaf;
 namespace sparselt::cuda {
 
 constexpr int kMultiprocessors = 2;  // a small machine, which small cases fill
+constexpr int kDeepProduct = 16;
 
 inline unsigned char* shared_memory() { return cuda_host::shared_memory(); }
 using SharedPlace = uintptr_t;
