@@ -51,6 +51,7 @@ SANITIZER_CASES = (
     SpmmCase(97, 130, 33, density=0.2),
     SpmmCase(100, 300, 132, density=0.1),
     SpmmCase(33, 257, 11, density=0.5),
+    SpmmCase(40, 2100, 17, density=0.1),
 )
 SANITIZER_CONV_CASES = (
     ConvCase(2, 4, 10, (13, 13), (3, 3), stride=(2, 2), padding=(1, 1), groups=2),

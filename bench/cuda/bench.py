@@ -25,14 +25,12 @@ from torch import Tensor
 from bench.cuda.cases import SUITES, Case
 from sparselt.formats import FORMATS, SparseWeight
 from sparselt.formats.bsr_nhwc import ChannelsLastBSR
-from sparselt.formats.tile8 import Tile8
 from sparselt.measure.machine import header
 from sparselt.measure.report import write_json
 
 FORMATS_HERE: dict[str, type[SparseWeight]] = {
     **FORMATS,
     "bsr_nhwc": ChannelsLastBSR,
-    "tile8": Tile8,
 }
 SUFFIX = {torch.float32: "", torch.float16: "_f16", torch.bfloat16: "_bf16"}
 UNIT = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}

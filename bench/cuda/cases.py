@@ -19,7 +19,7 @@ class Case:
         columns: N of a linear layer's batch, or the batch of a convolution.
         density: of the weight.
         dtype: of weight, x and y.
-        formats: of `formats.FORMATS`, "tile8" or "bsr_nhwc".
+        formats: of `formats.FORMATS`, or "bsr_nhwc".
         block: in which weights are kept; (1, 1) for no structure.
         kernel: (R, S) of a convolution; None for a linear layer.
         size: (H, W) of a convolution's input.
@@ -52,22 +52,39 @@ class Case:
         return "bsr_nhwc" in self.formats
 
 
-DECODE = tuple(
-    Case(name, rows, cols, n, density, dtype, ("tile8", "csr"))
-    for name, rows, cols in (("mlp_up", 14336, 4096), ("mlp_down", 4096, 14336))
-    for n in (1, 2, 4, 8, 16)
-    for density in (0.5, 0.3, 0.1, 0.05)
-    for dtype in ("float16",)
-) + tuple(
-    Case("lenet_fc1", 300, 784, n, density, "float32", ("tile8", "csr"))
-    for n in (1, 64)
-    for density in (0.1, 0.02)
+DECODE = (
+    *(
+        Case(name, rows, cols, n, density, dtype, ("bitmask", "tile8", "patch8", "csr"))
+        for name, rows, cols in (("mlp_up", 14336, 4096), ("mlp_down", 4096, 14336))
+        for n in (1, 2, 4, 8, 16)
+        for density in (0.5, 0.3, 0.1, 0.05)
+        for dtype in ("float16",)
+    ),
+    # Too few rows to fill a GPU: K is cut.
+    *(
+        Case("key", 1024, 4096, n, density, "bfloat16", ("bitmask", "tile8", "patch8"))
+        for n in (1, 16)
+        for density in (0.5, 0.1)
+    ),
+    *(
+        Case("mlp_up", 14336, 4096, 1, density, "float32", ("bitmask", "tile8", "csr"))
+        for density in (0.5, 0.1)
+    ),
+    *(
+        Case("lenet_fc1", 300, 784, n, density, "float32", ("tile8", "csr"))
+        for n in (1, 64)
+        for density in (0.1, 0.02)
+    ),
 )
 
 SMALL_BATCH = tuple(
-    Case("mlp_up", 14336, 4096, n, density, "float16", ("tile8", "csr"))
-    for n in (32, 64)
-    for density in (0.3, 0.1)
+    Case(name, rows, cols, n, density, dtype, ("patch8", "tile8"))
+    for name, rows, cols, dtype in (
+        ("mlp_up", 14336, 4096, "float16"),
+        ("mlp_down", 4096, 14336, "bfloat16"),
+    )
+    for n in (8, 16, 32, 64)
+    for density in (0.4, 0.3, 0.2, 0.1, 0.05)
 )
 
 EXACT = tuple(
