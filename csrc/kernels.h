@@ -144,11 +144,11 @@ struct PanelCall {
 // out by the blocks of the weight: column c of block b meets the `lanes` floats at x + (b *
 // (block_cols + 1) + c) * lanes. Lanes from `columns` on are zeros, and so are all of c =
 // block_cols, what short rows are filled up with. ops/spmv.cpp makes this.
-constexpr int64_t kMaxSpmvColumns = 8;
+constexpr int64_t kMaxSpmvColumns = 16;
 struct SpmvCall {
   SellView weight;
   const float* x;   // aligned to 64 bytes
-  int64_t lanes;    // 1, 4 or 8
+  int64_t lanes;    // 1, 4, 8 or 16; at most the kernel's tile_columns
   int64_t columns;  // 1 where lanes is 1
   float* y;         // y[m, n] is at m * y_row_stride + n * y_column_stride, as in the residual; it
                     // holds the row's sum from block to block

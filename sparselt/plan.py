@@ -51,9 +51,8 @@ _SPARSE_BLOCK_COLS = 192
 _SPARSE_BELOW = 0.08
 _ANY_HEIGHT = 4  # slice height for a kernel that takes any
 
-# A spmv kernel reads the weight once for every 8 columns, so it is offered for no more. Its x is
+# A spmv kernel reads the weight once for its tile's columns, so it is offered for no more. Its x is
 # small enough that one block may hold all columns of the weight, up to what 15-bit indices reach.
-_SPMV_COLUMNS = 8
 _SPMV_HEIGHT = 8  # for a kernel that takes any; the AVX2 kernel's, so that the two share a packing
 _SPMV_BLOCK_COLS = 2**15 - 1
 
@@ -242,8 +241,8 @@ def _refusal(facts: Facts, kernel: KernelInfo) -> str:
         return "the zeros do not come in blocks"
     if kernel.format == "sell" and facts.groups != 1:
         return "slices of rows do not keep to groups"
-    if kernel.op == "spmv" and (facts.columns is None or facts.columns > _SPMV_COLUMNS):
-        return f"is for at most {_SPMV_COLUMNS} columns"
+    if kernel.op == "spmv" and (facts.columns is None or facts.columns > kernel.tile_columns):
+        return f"is for at most {kernel.tile_columns} columns"
     if kernel.op == "code" and facts.columns is not None and facts.columns < _CODE_COLUMNS:
         return f"is for at least {_CODE_COLUMNS} columns"
     if kernel.format not in FORMAT_CHOICES:

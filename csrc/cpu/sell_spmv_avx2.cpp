@@ -67,10 +67,33 @@ void multiply_column(const SpmvCall& call, const BlockPlace& block, int64_t slic
   for (int r = 0; r < kSliceRows && rows[r] >= 0; ++r) call.y[rows[r]] = sums[r];
 }
 
+// 16 lanes.
+struct Pair {
+  __m256 low, high;
+};
+inline Pair load_lanes(const float* x, Pair) { return {_mm256_load_ps(x), _mm256_load_ps(x + 8)}; }
+inline Pair broadcast(float value, Pair) {
+  const __m256 all = _mm256_set1_ps(value);
+  return {all, all};
+}
+inline Pair multiply_add(Pair a, Pair b, Pair c) {
+  return {_mm256_fmadd_ps(a.low, b.low, c.low), _mm256_fmadd_ps(a.high, b.high, c.high)};
+}
+inline Pair add(Pair a, Pair b) { return {add(a.low, b.low), add(a.high, b.high)}; }
+inline Pair clamp(Pair sum, Pair lower, Pair upper) {
+  return {clamp(sum.low, lower.low, upper.low), clamp(sum.high, lower.high, upper.high)};
+}
+inline void store_lanes(float* y, Pair value) {
+  _mm256_store_ps(y, value.low);
+  _mm256_store_ps(y + 8, value.high);
+}
+
 }  // namespace
 
 void sell_spmv_avx2(const SpmvCall& call, Range sections) {
-  multiply_sections<kSliceRows, multiply_column>(call, sections);
+  // Four rows' sums take half of the 16 registers; a slice is read twice, from the cache.
+  multiply_sections<kSliceRows, multiply_column, multiply_columns<kSliceRows, 4, Pair>>(call,
+                                                                                        sections);
 }
 
 }  // namespace sparselt::cpu

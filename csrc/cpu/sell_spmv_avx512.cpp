@@ -65,10 +65,25 @@ void multiply_column(const SpmvCall& call, const BlockPlace& block, int64_t slic
   for (int r = 0; r < kSliceRows && rows[r] >= 0; ++r) call.y[rows[r]] = sums[r];
 }
 
+// 16 lanes.
+struct Wide {
+  __m512 all;
+};
+inline Wide load_lanes(const float* x, Wide) { return {_mm512_load_ps(x)}; }
+inline Wide broadcast(float value, Wide) { return {_mm512_set1_ps(value)}; }
+inline Wide multiply_add(Wide a, Wide b, Wide c) { return {_mm512_fmadd_ps(a.all, b.all, c.all)}; }
+inline Wide add(Wide a, Wide b) { return {_mm512_add_ps(a.all, b.all)}; }
+inline Wide clamp(Wide sum, Wide lower, Wide upper) {
+  const __m512 raised = _mm512_maskz_max_ps(kAllRows, lower.all, sum.all);
+  return {_mm512_maskz_min_ps(kAllRows, upper.all, raised)};
+}
+inline void store_lanes(float* y, Wide value) { _mm512_store_ps(y, value.all); }
+
 }  // namespace
 
 void sell_spmv_avx512(const SpmvCall& call, Range sections) {
-  multiply_sections<kSliceRows, multiply_column>(call, sections);
+  multiply_sections<kSliceRows, multiply_column, multiply_columns<kSliceRows, kSliceRows, Wide>>(
+      call, sections);
 }
 
 }  // namespace sparselt::cpu

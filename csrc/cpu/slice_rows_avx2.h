@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// What the spmv kernels of x86 share: the walk over slices, and the product with 2 to 8 columns.
+// What the spmv kernels of x86 share: the walk over slices, and the product with 2 to 16 columns.
 //
 // There, a register holds a row's sums, a lane a column, so that a stored value costs one broadcast
 // and one multiply-add with x as memory operand for all columns at once: 2 loads, and a quarter of
 // one for its column, whatever the number of columns. Include inside the target region, after
-// <immintrin.h>, cpu/target.h and kernels.h.
+// <immintrin.h>, cpu/target.h and kernels.h; the unit brings its own type of 16 lanes, with the
+// same functions as those of 8 and of 4 below.
 #pragma once
 
 namespace sparselt::cpu {
@@ -34,7 +35,7 @@ inline uint64_t load_four_columns(const uint16_t* columns) {
   return static_cast<uint64_t>(_mm_cvtsi128_si64(_mm_loadu_si64(columns)));
 }
 
-// Registers of 8 and of 4 lanes under one name each, for the templates below.
+// Types of 8 and of 4 lanes under one name each, for the templates below.
 inline __m256 load_lanes(const float* x, __m256) { return _mm256_load_ps(x); }
 inline __m128 load_lanes(const float* x, __m128) { return _mm_load_ps(x); }
 inline __m256 broadcast(float value, __m256) { return _mm256_set1_ps(value); }
@@ -63,7 +64,7 @@ struct BlockPlace {
 // A row of y or of the residual, zeros beyond its columns.
 template <class V>
 V load_row(const SpmvCall& call, const float* from) {
-  alignas(32) float row[kMaxSpmvColumns] = {};
+  alignas(64) float row[kMaxSpmvColumns] = {};
   for (int64_t n = 0; n < call.columns; ++n) row[n] = from[n * call.y_column_stride];
   return load_lanes(row, V{});
 }
@@ -78,50 +79,53 @@ void store_row(const SpmvCall& call, const BlockPlace& block, int64_t m, V sum) 
     sum = add(sum, load_row<V>(call, e.residual + m * call.y_row_stride));
   }
   if (block.is_last) sum = clamp(sum, broadcast(e.lower, V{}), broadcast(e.upper, V{}));
-  alignas(32) float row[kMaxSpmvColumns] = {};
+  alignas(64) float row[kMaxSpmvColumns] = {};
   store_lanes(row, sum);
   for (int64_t n = 0; n < call.columns; ++n) y[n * call.y_column_stride] = row[n];
 }
 
-template <int kSliceRows, class V>
+// `kRows` rows of the slice at a time, as many as registers hold.
+template <int kSliceRows, int kRows, class V>
 void multiply_columns(const SpmvCall& call, const BlockPlace& block, int64_t slice) {
   constexpr int64_t kLanes = sizeof(V) / sizeof(float);
   const SellView& w = call.weight;
-  alignas(32) float sums[kSliceRows * kLanes] = {};
-  const int64_t end = w.slice_steps[slice + 1];
-  for (int64_t step = w.slice_steps[slice]; step < end;) {
-    V sum[kSliceRows];
-    SPARSELT_UNROLL
-    for (int r = 0; r < kSliceRows; ++r) sum[r] = broadcast(0.0f, V{});
-    for (const int64_t stop = chain_end(step, end); step < stop; ++step) {
-      const uint16_t* columns = w.columns + step * kSliceRows;
-      const float* values = w.values + step * kSliceRows;
-      prefetch(values, columns);
+  for (int first = 0; first < kSliceRows; first += kRows) {
+    alignas(64) float sums[kRows * kLanes] = {};
+    const int64_t end = w.slice_steps[slice + 1];
+    for (int64_t step = w.slice_steps[slice]; step < end;) {
+      V sum[kRows];
       SPARSELT_UNROLL
-      for (int r = 0; r < kSliceRows; r += 4) {
-        const uint64_t four = load_four_columns(columns + r);
+      for (int r = 0; r < kRows; ++r) sum[r] = broadcast(0.0f, V{});
+      for (const int64_t stop = chain_end(step, end); step < stop; ++step) {
+        const uint16_t* columns = w.columns + step * kSliceRows + first;
+        const float* values = w.values + step * kSliceRows + first;
+        prefetch(values, columns);
         SPARSELT_UNROLL
-        for (int i = 0; i < 4; ++i) {
-          const V x_row = load_lanes(block.x + (four >> (16 * i) & 0xffff) * kLanes, V{});
-          sum[r + i] = multiply_add(broadcast(values[r + i], V{}), x_row, sum[r + i]);
+        for (int r = 0; r < kRows; r += 4) {
+          const uint64_t four = load_four_columns(columns + r);
+          SPARSELT_UNROLL
+          for (int i = 0; i < 4; ++i) {
+            const V x_row = load_lanes(block.x + (four >> (16 * i) & 0xffff) * kLanes, V{});
+            sum[r + i] = multiply_add(broadcast(values[r + i], V{}), x_row, sum[r + i]);
+          }
         }
       }
+      SPARSELT_UNROLL
+      for (int r = 0; r < kRows; ++r) {
+        store_lanes(sums + r * kLanes, add(sum[r], load_lanes(sums + r * kLanes, V{})));
+      }
     }
-    SPARSELT_UNROLL
-    for (int r = 0; r < kSliceRows; ++r) {
-      store_lanes(sums + r * kLanes, add(sum[r], load_lanes(sums + r * kLanes, V{})));
+    const int32_t* rows = w.slice_rows + slice * kSliceRows + first;
+    for (int r = 0; r < kRows && rows[r] >= 0; ++r) {
+      store_row(call, block, rows[r], load_lanes(sums + r * kLanes, V{}));
     }
-  }
-  const int32_t* rows = w.slice_rows + slice * kSliceRows;
-  for (int r = 0; r < kSliceRows && rows[r] >= 0; ++r) {
-    store_row(call, block, rows[r], load_lanes(sums + r * kLanes, V{}));
   }
 }
 
 using SliceFunction = void (*)(const SpmvCall& call, const BlockPlace& block, int64_t slice);
 
-// `kOneColumn` multiplies a slice with a single column.
-template <int kSliceRows, SliceFunction kOneColumn>
+// `kOneColumn` multiplies a slice with a single column, `kWide` with 9 to 16.
+template <int kSliceRows, SliceFunction kOneColumn, SliceFunction kWide>
 void multiply_sections(const SpmvCall& call, Range sections) {
   const SellView& w = call.weight;
   for (int64_t i = sections.begin * w.num_blocks; i < sections.end * w.num_blocks; ++i) {
@@ -132,9 +136,11 @@ void multiply_sections(const SpmvCall& call, Range sections) {
       if (call.lanes == 1) {
         kOneColumn(call, block, slice);
       } else if (call.lanes == 4) {
-        multiply_columns<kSliceRows, __m128>(call, block, slice);
+        multiply_columns<kSliceRows, kSliceRows, __m128>(call, block, slice);
+      } else if (call.lanes == 8) {
+        multiply_columns<kSliceRows, kSliceRows, __m256>(call, block, slice);
       } else {
-        multiply_columns<kSliceRows, __m256>(call, block, slice);
+        kWide(call, block, slice);
       }
     }
   }

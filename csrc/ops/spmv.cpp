@@ -28,19 +28,29 @@ void lay_out(const SellView& w, const float* x, Layout layout, int64_t columns, 
   }
 }
 
+using LayOut = void (*)(const SellView& w, const float* x, Layout layout, int64_t columns,
+                        float* to);
+
+LayOut lay_out_by(int64_t lanes) {
+  if (lanes == 1) return lay_out<1>;
+  if (lanes == 4) return lay_out<4>;
+  return lanes == 8 ? lay_out<8> : lay_out<16>;
+}
+
 class SpmvTask final : public Task {
  public:
   SpmvTask(const Team& team, const Weight& weight, Layout x_layout, Layout y_layout,
            int64_t columns, const Epilogue& epilogue)
       : weight_(weight), x_layout_(x_layout), y_layout_(y_layout), epilogue_(epilogue) {
     const SellView& w = weight_.sell;
-    const int64_t groups = (columns + kMaxSpmvColumns - 1) / kMaxSpmvColumns;
+    const int64_t most = weight_.kernel->tile_columns;
+    const int64_t groups = (columns + most - 1) / most;
     const int64_t rows = w.num_blocks * (w.block_cols + 1);
     for (int64_t group = 0; group < groups; ++group) {
-      // Even groups: eight columns and one more would pay for sixteen.
+      // Even groups: sixteen columns and one more would pay for 32.
       const Range some = even_range(columns, group, groups);
       const int64_t count = some.end - some.begin;
-      const int64_t lanes = count == 1 ? 1 : (count <= 4 ? 4 : 8);
+      const int64_t lanes = count == 1 ? 1 : (count <= 4 ? 4 : (count <= 8 ? 8 : 16));
       groups_.push_back({some.begin, count, lanes, floats_});
       floats_ += whole_lines(rows * lanes);
     }
@@ -60,10 +70,8 @@ class SpmvTask final : public Task {
       const Range some = even_range(static_cast<int64_t>(groups_.size()), part, laying_parts_);
       for (int64_t i = some.begin; i < some.end; ++i) {
         const Group& group = groups_[static_cast<size_t>(i)];
-        const auto copy =
-            group.lanes == 1 ? lay_out<1> : (group.lanes == 4 ? lay_out<4> : lay_out<8>);
-        copy(w, operands.x + group.first * x_layout_.column_stride, x_layout_, group.count,
-             operands.shared + group.offset);
+        lay_out_by(group.lanes)(w, operands.x + group.first * x_layout_.column_stride, x_layout_,
+                                group.count, operands.shared + group.offset);
       }
       return;
     }
