@@ -139,6 +139,7 @@ def _bench(commands: Any) -> None:
     model.add_argument("--engines", metavar="A,B", help="default: all that are installed")
     model.add_argument("--rounds", type=_positive, help="turns (default: 10; of the table 8)")
     table = model.add_argument_group("all: every network, batch and share of zeros")
+    table.add_argument("--check", action="store_true", help="no times: errors against float64")
     table.add_argument("--resume", action="store_true", help="go on with what --json FILE holds")
     _threads(model)
     layers = _command(
@@ -272,23 +273,11 @@ def _run_convert(arguments: argparse.Namespace) -> int:
 
 
 def _run_bench_table(arguments: argparse.Namespace) -> int:
-    from sparselt.measure import report, table
-    from sparselt.measure.machine import one_line
+    from sparselt.measure import command
 
-    cases = table.chosen_cases(arguments.only, arguments.quick)
-    with _bar(len(cases)) as progress:
-        result = table.bench_table(
-            cases,
-            path=arguments.json,
-            resume=arguments.resume,
-            rounds=arguments.rounds or (3 if arguments.quick else 8),
-            threads=arguments.threads,
-            engines=arguments.engines.split(",") if arguments.engines else None,
-            progress=progress,
-        )
-    caption = "\n".join([*table.absent(result), one_line(result["machine"])])
-    lines = table.summary(result)
-    _show(report.rich_table("", table.TABLE_COLUMNS, lines, caption), least_width=140)
+    result, shown = (command.check_all if arguments.check else command.time_all)(arguments)
+    _show(shown, least_width=140)
+    _keep(arguments, result)
     return _failed(result)
 
 

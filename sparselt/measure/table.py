@@ -49,6 +49,10 @@ class Case:
         """`network@batch`, as it is chosen on the command line and found in a result."""
         return f"{self.network}@{self.batch}"
 
+    def names(self) -> list[str]:
+        """The networks of which there are weights and zeros here."""
+        return [self.network] + [self.also] * bool(self.also and has_real_masks())
+
 
 _PRUNED = (0.2, 0.1, 0.05)
 _BARELY = (1.0, 0.7, 0.5)
@@ -162,8 +166,7 @@ def _bench_case(
         for result in results
         for entry in result["cases"]
     }
-    names = [case.network] + [case.also] * bool(case.also and has_real_masks())
-    variants = [(name, density) for name in names for density in case.densities]
+    variants = [(name, density) for name in case.names() for density in case.densities]
     if all((name, case.batch, density) in kept for name, density in variants):
         return []
     models: dict[str, nn.Module] = {}
