@@ -16,10 +16,11 @@
 // Bounds, by counting, 16 bits, density 0.5, N up to 8: 1.2 bytes a position, of which 0.125 are
 // bits and 0.07 fill queues and chunks up, against 2: 1.66 times fewer. A multiprocessor of an H200
 // is sent 18 bytes a cycle: 15 positions, for which it can issue 8.4 instructions of a lane each
-// (an H100: 11 positions, 12 instructions). Needed: 4.8 a position: a test, a load and a step of
-// the head, the operands put together, a copy of the queues, 1 / 8 multiplication and 1 / 32 load
-// of x. Shared memory: 1/32 of a cycle to take, 1/64 d for the copy, 1/256 for x: 23 positions a
-// cycle. So bytes decide if two thirds of the slots can be used.
+// (an H100: 11 positions, 12 instructions). Needed, from the code for sm_90a: 6.4 a position: a
+// test, a load, a step of the head and a zero each, the operands put together, a copy of the
+// queues, 1 / 8 multiplication. Shared memory: 1/32 of a cycle to take, d / 64 for the copy, 1/256
+// for x: 23 positions a cycle. So bytes decide if three quarters of the slots can be used (H100:
+// half).
 //
 // Source: a bit a position as in SpInfer (EuroSys 2025), which counts bits instead; queues in a
 // lane's own bank are this file's.
@@ -81,7 +82,7 @@ struct BitmaskLane {
   }
   __device__ __forceinline__ void read() {
     ahead_count = stream.count;
-    if (!stream.any_left()) return;
+    if (stream.most_left() <= 0) return;
 #pragma unroll
     for (int step = 0; step < kQueueAhead; ++step) {
       const Chunk* chunk = values + stream.chunk_at(step);
@@ -116,7 +117,7 @@ struct BitmaskLane {
                          ahead[step].elements[i]);
         }
       }
-      if (!stream.any_left()) break;
+      if (stream.most_left() <= 0) break;
       read();
       tail += kQueueAhead * kChunkWords * kWordStride;
     }

@@ -12,20 +12,21 @@
 //
 // Bounds, by counting, 16 bits. A multiprocessor of an H200 is sent 18 bytes a cycle (an H100: 13),
 // of which a dense matrix needs 2 a position: 9.2 positions a cycle (6.4). For a position at
-// density d, in cycles of 128 bytes of shared memory and slots of 4 instructions a cycle:
+// density d, in cycles of 128 bytes of shared memory and instructions of a lane (the code for
+// sm_90a):
 //
 //   shared memory   1/64 to load operands, 1/64 to clear (or d / 32), d / 32 to spread,
 //                   N / 2048 for x
-//   instructions    of a lane: 0.5 to load operands, N / 64 multiplications, N / 256 loads of x,
-//                   (7 to spread and 4 to clear) d / 0.75 (lanes that are busy), or 1/8 to clear
+//   instructions    0.6 to load operands, N / 64 multiplications, and in 256 positions 470 to read
+//                   and spread 12 chunks a lane, and 170 to take them back or 50 to clear
 //
-//     d = 0.1, N = 16:  bytes allow 6.2 times the dense rate, shared memory 1 / 0.031 = 32
-//                       positions a cycle, 3.5 times (H100: 5), instructions 128 / 2.3 = 55
-//     d = 0.3, N = 16:  bytes 2.2, shared memory 1 / 0.049 = 20 or 2.2 times (3.2),
-//     instructions 3.6
+//     d = 0.1, N = 16:  bytes allow 6.2 times the dense rate; shared memory 32 positions a cycle,
+//                       3.5 times (H100: 5); 3.5 instructions, 4.0 times (5.7)
+//     d = 0.3, N = 16:  bytes 2.2 times; shared memory 20, 2.2 times (3.2); 5.2 instructions, 2.7
+//                       times (3.8)
 //
-// So shared memory decides on an H200 at 90 % zeros, bytes on an H100; nothing here does beyond
-// N = 64, where x is loaded by each warp as often as the weights are.
+// So shared memory decides on an H200 at 90 % zeros and next to bytes at 70 %; on an H100 bytes
+// decide at 70 %. Beyond N = 32 loads of x pass those of weights, since each warp makes its own.
 //
 // Source: sparse loads and dense products as in Flash-LLM (VLDB 2024); the patches in a lane's own
 // bank, which need neither conflict-free orders nor barriers, are this file's.
@@ -37,12 +38,14 @@ namespace sparselt::cuda {
 
 constexpr int kPlaceChunk = 4;  // places, one word
 constexpr int kPortion = 12;    // chunks of a lane that are read together
+constexpr int kTogether = 4;    // that are spread without a test whether any lane has them
 
 // What a lane has read of its list.
 struct Portion {
   uint32_t places[kPortion];
   Vector<uint16_t, kPlaceChunk> values[kPortion];
   int count;  // chunks of the lane
+  int most;   // of all lanes
 };
 
 struct Patch8Lane {
@@ -53,6 +56,7 @@ struct Patch8Lane {
   Portion now;
   uint32_t spread[kPortion];  // the places that are not 0, if they are few
   int spread_count = -1;      // chunks of `spread`; -1 where all of memory may be other than 0
+  int spread_most = 0;        // of all lanes
 
   __device__ Patch8Lane(const Weight& weight, const PatchPlace& place, SharedPlace warp_memory)
       : places(static_cast<const uint32_t*>(weight.parts[2])),
@@ -65,9 +69,12 @@ struct Patch8Lane {
 
   __device__ __forceinline__ void read(Portion& portion) {
     portion.count = stream.count;
-    if (stream.any_left()) {
+    portion.most = stream.most_left();
 #pragma unroll
-      for (int step = 0; step < kPortion; ++step) {
+    for (int first = 0; first < kPortion; first += kTogether) {
+      if (first >= portion.most) break;
+#pragma unroll
+      for (int step = first; step < first + kTogether; ++step) {
         const int chunk = stream.chunk_at(step);
         portion.places[step] = load_once(places + chunk);
         portion.values[step] = load_once(values + chunk);
@@ -78,23 +85,27 @@ struct Patch8Lane {
 
   // A place is a word, times 2, and which half of it. Without branches: most lanes have most steps.
   template <class Value>
-  __device__ __forceinline__ void put(const uint32_t (&four)[kPortion], int count,
+  __device__ __forceinline__ void put(const uint32_t (&four)[kPortion], int count, int most,
                                       const Value& value) const {
 #pragma unroll
-    for (int step = 0; step < kPortion; ++step) {
-      const uint32_t words = four[step] & 0xfefefefeu;
-      const uint32_t halves = four[step] & 0x01010101u;
+    for (int first = 0; first < kPortion; first += kTogether) {
+      if (first >= most) break;
 #pragma unroll
-      for (int i = 0; i < kPlaceChunk; ++i) {
-        const SharedPlace word = place_of_byte(memory, words, i, kWordStride / 2);
-        store_shared_if(step < count, place_of_byte(word, halves, i, 2), value(step, i));
+      for (int step = first; step < first + kTogether; ++step) {
+        const uint32_t words = four[step] & 0xfefefefeu;
+        const uint32_t halves = four[step] & 0x01010101u;
+#pragma unroll
+        for (int i = 0; i < kPlaceChunk; ++i) {
+          const SharedPlace word = place_of_byte(memory, words, i, kWordStride / 2);
+          store_shared_if(step < count, place_of_byte(word, halves, i, 2), value(step, i));
+        }
       }
     }
   }
 
   __device__ __forceinline__ void clear() {
     if (spread_count >= 0) {
-      put(spread, spread_count, [](int, int) { return uint16_t{0}; });
+      put(spread, spread_count, spread_most, [](int, int) { return uint16_t{0}; });
       return;
     }
     // All lanes together, 16 bytes each.
@@ -110,12 +121,14 @@ struct Patch8Lane {
   __device__ __forceinline__ void unpack() {
     clear();
     spread_count = now.count;
+    spread_most = now.most;
     while (true) {
-      const bool more = stream.any_left();
+      const bool more = stream.most_left() > 0;
       Portion next;
       if (!more) stream.advance();
       read(next);
-      put(now.places, now.count, [&](int step, int i) { return now.values[step].elements[i]; });
+      put(now.places, now.count, now.most,
+          [&](int step, int i) { return now.values[step].elements[i]; });
 #pragma unroll
       for (int step = 0; step < kPortion; ++step) spread[step] = now.places[step];
       now = next;

@@ -196,7 +196,7 @@ struct GroupStream {
     ++next;
     look_ahead();
   }
-  __device__ bool any_left() const { return __ballot_sync(kFullWarp, count > 0) != 0; }
+  __device__ int most_left() const { return __reduce_max_sync(kFullWarp, count); }
   // The lane's next chunk, if it is to have one at `step`; otherwise some other chunk, or -1 where
   // nobody has one.
   __device__ __forceinline__ int chunk_at(int step) {

@@ -25,16 +25,15 @@
 //
 // Bounds, by counting, float16, density 0.1 (26 weights of a row and panel): 3.2 bytes a weight,
 // padding and counts included, against 20 of the dense matrix: 6.2 times fewer. A multiprocessor of
-// an H200 is sent 18 bytes a cycle (an H100: 13), so 32 weights every 5.7 cycles, in which it can
-// issue 23 instructions of a warp. Needed for 32 weights: the instructions of the compiled loop
-// (sm_90a) over the 3/4 of the lanes that are busy, and cycles of shared memory over the banks that
-// packed random masks meet:
+// an H200 is sent 18 bytes a cycle (an H100: 13), so 32 weights every 5.7 (7.9) cycles, in which it
+// can issue 23 (31) instructions. Needed, from the loop compiled for sm_90a: a warp runs as many
+// batches as its longest row has, 4 of 12 weights a lane for 26; shared memory as the banks meet.
 //
-//        N    instructions    cycles of shared memory    bytes decide on an H200
-//        1    10 / 0.75 = 13  2.5                        yes
-//        2    13 / 0.75 = 17  2.6                        yes
-//        4    17 / 0.75 = 23  5                          at most 100 %: issue is as slow
-//        8    28 / 0.75 = 37  10                         no: at most 57 %
+//        N    instructions for 32 weights    cycles of shared memory    of full bandwidth, at most
+//        1    21                             2.5                        100 % (H100: 100 %)
+//        2    27                             2.6                         85 % (100 %)
+//        4    34                             5                           67 % (93 %)
+//        8    54                             10                          42 % (58 %): see patch8
 //
 // Source: byte offsets follow from counting bytes; lanes that share out lists of unequal length by
 // votes are an old SIMD technique. No published kernel is followed.

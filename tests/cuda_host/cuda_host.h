@@ -14,6 +14,7 @@
 // Built with the address sanitizer, every access outside a buffer ends the program too.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -130,6 +131,12 @@ inline unsigned __ballot_sync(unsigned mask, bool vote) {
   for (int lane = 0; lane < 32; ++lane)
     votes |= static_cast<unsigned>(cuda_host::of_lane<bool>(all, lane)) << lane;
   return votes;
+}
+inline int __reduce_max_sync(unsigned mask, int value) {
+  cuda_host::require_full(mask);
+  const unsigned char* all = cuda_host::exchange(cuda_host::Step::kShuffle, &value, sizeof(value));
+  for (int lane = 0; lane < 32; ++lane) value = std::max(value, cuda_host::of_lane<int>(all, lane));
+  return value;
 }
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 inline unsigned __umulhi(unsigned a, unsigned b) {
