@@ -2,6 +2,8 @@
 //
 // Operator schemas and their CPU implementations (LibTorch stable ABI), and what is no tensor
 // (pybind11). Nothing else.
+#include "program/bindings.h"
+
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <torch/csrc/stable/library.h>
@@ -10,9 +12,11 @@
 #include "machine_rates.h"
 #include "ops/code_table.h"
 #include "ops/ops.h"
+#include "program/layers.h"
 #include "registry.h"
 
-#define SPARSELT_WEIGHT "Tensor[] parts, int[] meta, Tensor? bias, Tensor? residual"
+#define SPARSELT_LAYER "Tensor[] parts, int[] meta, Tensor? bias"
+#define SPARSELT_WEIGHT SPARSELT_LAYER ", Tensor? residual"
 #define SPARSELT_CONV "int[] stride, int[] padding, int[] dilation, int groups"
 #define SPARSELT_CLAMP "float? lower, float? upper, str kernel"
 
@@ -26,6 +30,13 @@ STABLE_TORCH_LIBRARY(sparselt, m) {
   m.def(
       "depthwise_conv2d(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, int[] stride, "
       "int[] padding, int[] dilation, " SPARSELT_CLAMP ") -> Tensor");
+  m.def("program_linear(int program, int[] values, int batch, " SPARSELT_LAYER ", " SPARSELT_CLAMP
+        ") -> ()");
+  m.def("program_conv2d(int program, int[] values, int[] x_shape, " SPARSELT_LAYER
+        ", " SPARSELT_CONV ", " SPARSELT_CLAMP ") -> ()");
+  m.def(
+      "program_dense(int program, int[] values, int[] x_shape, Tensor weight, Tensor? "
+      "bias, " SPARSELT_CONV ") -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(sparselt, CPU, m) {
@@ -35,6 +46,9 @@ STABLE_TORCH_LIBRARY_IMPL(sparselt, CPU, m) {
   m.impl("conv2d", TORCH_BOX(&sparselt::conv2d));
   m.impl("conv2d_out", TORCH_BOX(&sparselt::conv2d_out));
   m.impl("depthwise_conv2d", TORCH_BOX(&sparselt::depthwise_conv2d));
+  m.impl("program_linear", TORCH_BOX(&sparselt::program_linear));
+  m.impl("program_conv2d", TORCH_BOX(&sparselt::program_conv2d));
+  m.impl("program_dense", TORCH_BOX(&sparselt::program_dense));
 }
 
 namespace sparselt {
@@ -84,4 +98,5 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_info", &sparselt::build_info);
   m.def("multiply_add_rate", &sparselt::multiply_add_rate);
   m.def("read_rate", &sparselt::read_rate);
+  sparselt::bind_program(m);
 }

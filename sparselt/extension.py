@@ -38,13 +38,20 @@ _cuda = (
     else importlib.import_module("sparselt._C_cuda")
 )
 
+ArenaPool = _C.ArenaPool
+NativeProgram = _C.Program
+plan_memory = _C.plan_memory
+
 __all__ = [
+    "ArenaPool",
+    "NativeProgram",
     "build_id",
     "check_kernel",
     "conv_shape",
     "isa",
     "kernels",
     "multiply_add_rate",
+    "plan_memory",
     "read_rate",
     "served",
 ]
@@ -293,6 +300,9 @@ _FAKES: dict[str, Callable[..., object]] = {
     "conv2d": _fake_conv2d,
     "spmm_out": _fake_out,
     "conv2d_out": _fake_out,
+    "program_linear": _fake_out,
+    "program_conv2d": _fake_out,
+    "program_dense": _fake_out,
 }
 for _name, _fake in _FAKES.items():
     torch.library.register_fake(f"sparselt::{_name}", _fake)

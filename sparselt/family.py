@@ -8,18 +8,21 @@ is timed against the same network all dense once more, and dense wins where it i
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
+from sparselt.builder import operation
 from sparselt.capture import Captured
 from sparselt.cuda_graph import GraphedRun, graphed
 from sparselt.explanation import Row
 from sparselt.lowering import Lowered, lower
+from sparselt.native import is_of_segment, nativize
 from sparselt.plan import DENSE, Plan
 from sparselt.tune import Tuner
 
@@ -37,7 +40,8 @@ class Planned:
     """A graph planned for inputs of about one size.
 
     Attributes:
-        lowered: what runs.
+        lowered: what runs, before native programs took the place of its stretches.
+        module: what runs.
         constants: the values of the placeholders before the inputs.
         run: the flat call.
         note: what was measured of the whole; empty where nothing was.
@@ -45,10 +49,19 @@ class Planned:
     """
 
     lowered: Lowered
+    module: fx.GraphModule
     constants: list[Tensor]
     run: Run
     note: str = ""
     plans: dict[str, Plan] = field(default_factory=dict)
+
+    def others(self) -> tuple[dict[str, int], dict[str, int]]:
+        """How often each operation that is no layer is called, natively and in torch."""
+        others = Counter(self.lowered.others)
+        nodes = (node for node in self.module.graph.nodes if node.op.startswith("call_"))
+        called = Counter(operation(n) for n in nodes if not is_of_segment(n))
+        in_torch = others & called
+        return dict(others - in_torch), dict(in_torch)
 
     @property
     def notes(self) -> list[str]:
@@ -170,13 +183,14 @@ class Family:
         for index in unused:
             graph.erase_node(placeholders[index])
         lowered.module.recompile()
+        module = nativize(lowered.module)
         kept = [value for i, value in enumerate(self.captured.constants) if i not in unused]
-        forward = lowered.module.forward
+        forward = module.forward
         spec = self.captured.output_spec
         run: Run = lambda leaves: pytree.tree_unflatten(forward(*kept, *leaves), spec)  # noqa: E731
         if spec == pytree.tree_structure(torch.empty(0)):
             run = lambda leaves: forward(*kept, *leaves)[0]  # noqa: E731
-        return Planned(lowered, kept, graphed(run, leaves), plans=lowered.plans)
+        return Planned(lowered, module, kept, graphed(run, leaves), plans=lowered.plans)
 
 
 def _is_clearly_first(calls: Mapping[str, Callable[[], object]]) -> bool:

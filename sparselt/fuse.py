@@ -18,7 +18,15 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional as F
 
-__all__ = ["BatchNorm", "Fusion", "argument", "fold_batch_norm", "follow", "is_mutating"]
+__all__ = [
+    "BatchNorm",
+    "Fusion",
+    "argument",
+    "clamp_bounds",
+    "fold_batch_norm",
+    "follow",
+    "is_mutating",
+]
 
 aten = torch.ops.aten
 
@@ -175,6 +183,36 @@ def follow(
     return fusion
 
 
+def clamp_bounds(node: fx.Node) -> tuple[float | None, float | None] | None:
+    """The bounds that a node clamps its first argument to; None for any other node.
+
+    Args:
+        node: of a graph of torch.export or Dynamo.
+    """
+    lower: Any
+    upper: Any
+    if not node.args:
+        return None
+    if node.target in _RELU:
+        lower, upper = 0.0, None
+    elif node.target in _RELU6:
+        lower, upper = 0.0, 6.0
+    elif node.target in _CLAMPS:
+        names, defaults = _CLAMPS[node.target]
+        lower, upper = (argument(node, i + 1, names[i], defaults[i]) for i in range(2))
+    else:
+        return None
+    if any(isinstance(bound, fx.Node) for bound in (lower, upper)):
+        return None
+    lower = None if lower is None else float(lower)
+    upper = None if upper is None else float(upper)
+    # Torch lets the upper bound win where the bounds cross; the kernels refuse such bounds.
+    crossed = lower is not None and upper is not None and not lower <= upper
+    if crossed or any(bound is not None and math.isnan(bound) for bound in (lower, upper)):
+        return None
+    return lower, upper
+
+
 def is_mutating(node: fx.Node) -> bool:
     """Whether a node may change one of its arguments in place; True where that is not known."""
     if node.op == "call_method":
@@ -244,28 +282,10 @@ def _take_residual(user: fx.Node, fusion: Fusion) -> bool:
 
 
 def _take_clamp(user: fx.Node, fusion: Fusion) -> bool:
-    if not user.args or user.args[0] is not fusion.end:
+    bounds = clamp_bounds(user)
+    if bounds is None or user.args[0] is not fusion.end:
         return False
-    lower: Any
-    upper: Any
-    if user.target in _RELU:
-        lower, upper = 0.0, None
-    elif user.target in _RELU6:
-        lower, upper = 0.0, 6.0
-    elif user.target in _CLAMPS:
-        names, defaults = _CLAMPS[user.target]
-        lower, upper = (argument(user, i + 1, names[i], defaults[i]) for i in range(2))
-    else:
-        return False
-    if any(isinstance(bound, fx.Node) for bound in (lower, upper)):
-        return False
-    lower = None if lower is None else float(lower)
-    upper = None if upper is None else float(upper)
-    # Torch lets the upper bound win where the bounds cross; the kernels refuse such bounds.
-    crossed = lower is not None and upper is not None and not lower <= upper
-    if crossed or any(bound is not None and math.isnan(bound) for bound in (lower, upper)):
-        return False
-    fusion.lower, fusion.upper = lower, upper
+    fusion.lower, fusion.upper = bounds
     return True
 
 

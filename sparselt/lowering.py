@@ -20,6 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torch.nn import functional as F
 
+from sparselt.builder import LAYER, DenseStep, operation
 from sparselt.conversion import PLAN_ATTRIBUTE
 from sparselt.explanation import Row, row_of
 from sparselt.fuse import Fusion, argument, fold_batch_norm, follow, is_mutating
@@ -127,7 +128,7 @@ def lower(
     unused = [i for i, node in enumerate(placeholders) if not node.users]
     sources = [i for i, node in enumerate(placeholders) if node in lowering.sources]
     others = Counter(
-        _operation(node)
+        operation(node)
         for node in graph.nodes
         if node.op.startswith("call_") and node not in lowering.done
     )
@@ -148,12 +149,6 @@ def _propagate(module: fx.GraphModule, inputs: Sequence[Any]) -> None:
         ]
     with torch.no_grad():
         FakeTensorProp(module, mode).propagate_dont_convert_inputs(*fakes)
-
-
-def _operation(node: fx.Node) -> str:
-    """The name of what a node calls: "relu" for torch.relu, aten.relu.default and Tensor.relu."""
-    packet = getattr(node.target, "overloadpacket", node.target)
-    return str(getattr(packet, "__name__", packet))
 
 
 def _erase_dropout(graph: fx.Graph) -> None:
@@ -214,13 +209,13 @@ class _Lowering:
             plan = replace(plan, reason=f"{plan.reason}; with {fused}")
         if not plan.is_dense:
             sparse = self.sparse(layer, plan, fusion)
-            self.replace(layer, fusion, _bind(sparse, _direct(layer)))
+            self.replace(layer, fusion, _bind(sparse, _direct(layer)), sparse)
             row = row_of(name, sparse)
         else:
             setattr(layer.module, PLAN_ATTRIBUTE, plan)
             row = row_of(name, layer.module)
             if fused or isinstance(layer.node.target, torch._ops.OpOverload):
-                self.replace(layer, fusion, self.dense(layer, fusion))
+                self.replace(layer, fusion, *self.dense(layer, fusion))
             else:
                 self.done.add(layer.node)
                 self.calls[layer.node] = len(self.rows)
@@ -256,19 +251,26 @@ class _Lowering:
         sparse.kernel, sparse.plan = plan.kernel, plan
         return sparse
 
-    def dense(self, layer: GraphLayer, fusion: Fusion) -> Callable[..., Tensor]:
+    def dense(self, layer: GraphLayer, fusion: Fusion) -> tuple[Callable[..., Tensor], DenseStep]:
         """Torch's own operator with the batch norm folded, and the rest done in place after it."""
         key = (layer.node.name, DENSE)
         if key not in self.packed:
             self.packed[key] = _folded(layer, fusion)
-        return _bind_dense(self.packed[key], fusion.lower, fusion.upper)
+        step = DenseStep(self.packed[key], fusion.lower, fusion.upper)
+        return _bind_dense(step), step
 
-    def replace(self, layer: GraphLayer, fusion: Fusion, step: Callable[..., Tensor]) -> None:
+    def replace(
+        self,
+        layer: GraphLayer,
+        fusion: Fusion,
+        step: Callable[..., Tensor],
+        native: SparseLayer | DenseStep,
+    ) -> None:
         """Puts one call in place of the layer and of what is fused with it."""
         arguments = [layer.input] + ([fusion.residual] if fusion.residual is not None else [])
         with self.graph.inserting_before(fusion.end):
             call = self.graph.call_function(step, tuple(arguments))
-        call.meta = dict(fusion.end.meta)
+        call.meta = {**fusion.end.meta, LAYER: native}
         fusion.end.replace_all_uses_with(call)
         for node in reversed(fusion.chain):
             self.graph.erase_node(node)
@@ -290,7 +292,7 @@ class _Lowering:
         clear = x.is_contiguous() and x.numel() >= _LARGE_POOL
         key = ("pool", rest, str(kwargs), x.shape, x.stride())
         if clear or self.tuner.fastest(calls, key) == "shifted":
-            node.target, node.args, node.kwargs = step, (source,), {}
+            node.target = step
 
 
 def _folded(layer: GraphLayer, fusion: Fusion) -> nn.Module:
@@ -351,10 +353,9 @@ def _bind(sparse: SparseLayer, direct: bool) -> Callable[..., Tensor]:
     return step
 
 
-def _bind_dense(
-    module: nn.Module, lower: float | None, upper: float | None
-) -> Callable[..., Tensor]:
+def _bind_dense(dense: DenseStep) -> Callable[..., Tensor]:
     """What a graph calls for a layer that stays dense and has something fused."""
+    module, lower, upper = dense.module, dense.lower, dense.upper
     weight, bias = _weights(module)
     operator: Any = F.linear
     geometry: tuple[Any, ...] = ()

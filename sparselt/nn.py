@@ -308,10 +308,10 @@ class _SparseConv(SparseLayer):
         around = list(getattr(module, "_reversed_padding_repeated_twice"))  # noqa: B009
         before, after = around[0::2][::-1], around[1::2][::-1]
         even = before == after and self.padding_mode == "zeros"
-        self._pad_first: list[int] | None = None if even else around
+        self.pad_first: list[int] | None = None if even else around
         # The operator's view: a conv1d is a conv2d of height 1.
         lift = [1] * (2 - len(before))
-        self._meta = [*self.weight.meta()[:4], *lift, *self.weight.shape[2:]]
+        self.lifted_meta = [*self.weight.meta()[:4], *lift, *self.weight.shape[2:]]
         self._stride = [*lift, *self.stride]
         self._padding = [0] * len(lift) + (before if even else [0] * len(before))
         self._dilation = [*lift, *self.dilation]
@@ -321,9 +321,9 @@ class _SparseConv(SparseLayer):
         return self._stride, self._padding, self._dilation, self.groups
 
     def _padded(self, input: Tensor) -> Tensor:
-        assert self._pad_first is not None
+        assert self.pad_first is not None
         mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
-        return F.pad(input, self._pad_first, mode=mode)
+        return F.pad(input, self.pad_first, mode=mode)
 
     def _run(self, input: Tensor, parts: list[Any], bias: Tensor | None) -> Tensor:
         axes = len(self.stride)
@@ -332,12 +332,10 @@ class _SparseConv(SparseLayer):
         if input.dim() != axes + 2 or input.size(1) != self.in_channels:
             expected = f"(B, {self.in_channels}, {'W' if axes == 1 else 'H, W'})"
             raise ShapeError(explain_mismatch("input", expected, tuple(input.shape)))
-        return self._convolve(
-            input if self._pad_first is None else self._padded(input), parts, bias
-        )
+        return self._convolve(input if self.pad_first is None else self._padded(input), parts, bias)
 
     def _run_dense(self, input: Tensor) -> Tensor:
-        padded = input if self._pad_first is None else self._padded(input)
+        padded = input if self.pad_first is None else self._padded(input)
         axes = len(self.stride)
         convolve = F.conv1d if axes == 1 else F.conv2d
         steps = (self._stride[-axes:], self._padding[-axes:], self._dilation[-axes:])
@@ -349,10 +347,12 @@ class _SparseConv(SparseLayer):
         geometry = (self._stride, self._padding, self._dilation)
         end = (*geometry, self.groups, self.lower, self.upper, self.kernel)
         try:
-            result: Tensor = _CONV2D(input, parts, self._meta, bias, None, *end)
+            result: Tensor = _CONV2D(input, parts, self.lifted_meta, bias, None, *end)
         except RuntimeError:
             # Looked at after the fact, because a check before would bound symbolic sizes.
-            reach = [d * (taps - 1) for d, taps in zip(self._dilation, self._meta[4:], strict=True)]
+            reach = [
+                d * (taps - 1) for d, taps in zip(self._dilation, self.lifted_meta[4:], strict=True)
+            ]
             if all(input.size(2 + i) + 2 * self._padding[i] > reach[i] for i in (0, 1)):
                 raise
             expected = f"a padded size of at least the kernel's reach ({self.kernel_size} taps)"

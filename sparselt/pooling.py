@@ -62,8 +62,10 @@ def shifted_max_pool(
     return x
 
 
-def max_pool_step(node: fx.Node) -> Callable[[Tensor], Tensor] | None:
+def max_pool_step(node: fx.Node) -> Callable[..., Tensor] | None:
     """The pooling of a graph's node by shifted maxima; None where it does not apply.
+
+    The result takes the node's own arguments.
 
     Args:
         node: any node, with `meta["val"]` on its input.
@@ -89,8 +91,8 @@ def max_pool_step(node: fx.Node) -> Callable[[Tensor], Tensor] | None:
         return None
     own = kernel, stride, padding
 
-    def step(x: Tensor) -> Tensor:
-        return shifted_max_pool(x, *own)
+    def step(input: Tensor, *_: object, **__: object) -> Tensor:
+        return shifted_max_pool(input, *own)
 
     step.__name__ = step.__qualname__ = "max_pool2d"
     return step

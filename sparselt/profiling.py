@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import operator
 import os
 import statistics
 import time
@@ -20,8 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from sparselt.builder import operation
 from sparselt.errors import OptionError, explain_mismatch
 from sparselt.explanation import Explanation, Row
+from sparselt.native import SEGMENT
 from sparselt.tickets.file import replace_file
 
 __all__ = ["Profile", "ProfileRow", "profile_graph", "profile_modules"]
@@ -144,6 +147,11 @@ class _Step:
     row: Row | None = None
     columns: float = 0.0
 
+    def count(self, elements: int) -> None:
+        """Notes N of the product from the size of its result."""
+        if self.row is not None:
+            self.columns = elements / max(1, self.row.shape[0])
+
 
 def profile_graph(
     module: fx.GraphModule,
@@ -164,17 +172,19 @@ def profile_graph(
         runs: how many to time.
     """
     steps: list[_Step] = []
-    places: dict[fx.Node, int] = {}
-    for node in module.graph.nodes:
-        if node.op.startswith("call_"):
+    places: dict[str, int] = {}
+
+    def place_of(node: fx.Node) -> int:
+        """The row of a node, made when it first runs."""
+        if node.name not in places:
             row = rows[calls[node.name]] if node.name in calls else None
-            name = getattr(getattr(node.target, "overloadpacket", node.target), "__name__", "")
-            known = (row.layer, row.kernel) if row else (f"({name or node.target})", "torch")
-            places[node] = len(steps)
+            known = (row.layer, row.kernel) if row else (f"({operation(node)})", "torch")
+            places[node.name] = len(steps)
             steps.append(_Step(*known, row))
+        return places[node.name]
 
     def watched() -> _Spans:
-        watcher = _Watcher(module, places, steps)
+        watcher = _Watcher(module, place_of, steps)
         watcher.run(*values)
         return watcher.spans
 
@@ -203,7 +213,8 @@ def profile_modules(
     def after(place: int) -> Callable[..., None]:
         def hook(_: nn.Module, inputs: Any, output: Any) -> None:
             spans.append((place, begun.pop(), time.perf_counter_ns()))
-            _count(steps[place], output)
+            if isinstance(output, Tensor):
+                steps[place].count(output.numel())
 
         return hook
 
@@ -225,33 +236,43 @@ def profile_modules(
 
 
 class _Watcher(fx.Interpreter):
-    """Runs a graph and notes when each call began and ended."""
+    """Runs a graph and notes when each call, and each step of a native program, began and ended."""
 
     def __init__(
-        self, module: fx.GraphModule, places: dict[fx.Node, int], steps: list[_Step]
+        self, module: fx.GraphModule, place_of: Callable[[fx.Node], int], steps: list[_Step]
     ) -> None:
         super().__init__(module)
-        self.places = places
+        self.place_of = place_of
         self.steps = steps
         self.spans: _Spans = []
 
     def run_node(self, n: fx.Node) -> Any:
         """One node; only the call itself is timed."""
-        if n not in self.places:
+        if not n.op.startswith("call_") or n.target is operator.getitem:
             return super().run_node(n)
         args, kwargs = self.fetch_args_kwargs_from_env(n)
+        program = n.meta[SEGMENT].program_for(args) if SEGMENT in n.meta else None
+        if program is not None:
+            return self.run_native(program, args)
         call = getattr(self, n.op)
         begin = time.perf_counter_ns()
         result = call(n.target, args, kwargs)
-        self.spans.append((self.places[n], begin, time.perf_counter_ns()))
-        _count(self.steps[self.places[n]], result)
+        end = time.perf_counter_ns()
+        place = self.place_of(n)
+        self.spans.append((place, begin, end))
+        if isinstance(result, Tensor):
+            self.steps[place].count(result.numel())
         return result
 
-
-def _count(step: _Step, result: Any) -> None:
-    """Notes N of the product from the size of its result."""
-    if step.row is not None and isinstance(result, Tensor):
-        step.columns = result.numel() / max(1, step.row.shape[0])
+    def run_native(self, program: Any, args: Sequence[Any]) -> Any:
+        """A native program, step by step."""
+        begun = time.perf_counter_ns()
+        result, spans = program.watch(args)
+        for (node, floats), (begin, end) in zip(program.steps, spans, strict=True):
+            place = self.place_of(node)
+            self.spans.append((place, begun + begin, begun + end))
+            self.steps[place].count(floats)
+        return result
 
 
 def _profile(

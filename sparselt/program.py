@@ -161,7 +161,7 @@ class Program:
                 if planned.run is route:
                     lowered, values = planned.lowered, [*planned.constants, *leaves]
                     return profile_graph(
-                        lowered.module,
+                        planned.module,
                         values,
                         lowered.rows,
                         lowered.calls,
@@ -392,6 +392,8 @@ def _varying(leaves: Sequence[Any], captured: Sequence[Captured]) -> list[set[in
 
 
 def _rest(planned: Planned) -> str:
-    others = sorted(planned.lowered.others.items())
-    counts = ", ".join(f"{name} ({count})" for name, count in others)
-    return f"the rest runs in torch: {counts}" if others else ""
+    parts = []
+    for where, others in zip(("natively", "in torch"), planned.others(), strict=True):
+        counts = ", ".join(f"{name} ({count})" for name, count in sorted(others.items()))
+        parts += [f"the rest runs {where}: {counts}"] if others else []
+    return "; ".join(parts)

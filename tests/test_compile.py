@@ -101,7 +101,7 @@ def test_batch_norm_residual_and_relu_are_fused(always_sparse):
     reasons = [row.reason.partition("; with ")[2] for row in explanation]
     plain, added = "batch norm, clamp", "batch norm, residual, clamp"
     assert reasons == [plain, plain, added, "", plain, added, plain, added, ""]
-    assert explanation.notes == ("the rest runs in torch: adaptive_avg_pool2d (1), flatten (1)",)
+    assert explanation.notes == ("the rest runs natively: adaptive_avg_pool2d (1), flatten (1)",)
     assert json.loads(json.dumps(explanation.to_dict()))["layers"][0]["kernel"] != DENSE
 
 

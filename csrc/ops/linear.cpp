@@ -78,6 +78,7 @@ class TransposedTask final : public Task {
     return in_floats_ + out_floats_ + product_->shared_floats();
   }
   int64_t own_floats() const override { return product_->own_floats(); }
+  bool may_overwrite_residual() const override { return true; }
   void prepare() override { product_->prepare(); }
 
   void run(int64_t stage, int64_t part, const Operands& operands) const override {

@@ -20,6 +20,8 @@ class PanelTask : public Task {
 
   int64_t parts(int64_t) const override { return parts_; }
   int64_t own_floats() const override;
+  // Each element of the residual is read right before the same element of y is written.
+  bool may_overwrite_residual() const override { return true; }
   void run(int64_t stage, int64_t part, const Operands& operands) const override;
   void prepare() override;
 

@@ -45,6 +45,10 @@ class Task {
   virtual int64_t own_floats() const { return 0; }
   virtual void run(int64_t stage, int64_t part, const Operands& operands) const = 0;
 
+  // Whether y may lie where x does, or where the residual does.
+  virtual bool may_overwrite_x() const { return false; }
+  virtual bool may_overwrite_residual() const { return false; }
+
   // Computes once what each run would compute anew; worth its time and memory where there are many.
   virtual void prepare() {}
 };

@@ -1,0 +1,112 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "program/layers.h"
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <array>
+
+#include "ops/check.h"
+#include "ops/conv_problem.h"
+#include "ops/spmm.h"
+#include "program/program.h"
+
+namespace sparselt {
+namespace {
+
+StepValues as_step(const Ints& values) {
+  STD_TORCH_CHECK(values.size() == 3, "values: expected x, residual and y, got ", values.size());
+  return {values[0], values[1], values[2]};
+}
+
+// The tensors that tasks point into.
+Parts held_by(Parts parts, const HeldEpilogue& epilogue) {
+  if (epilogue.bias) parts.push_back(*epilogue.bias);
+  return parts;
+}
+
+Tensor from_floats(float* data, const Ints& shape) {
+  Ints strides(shape.size(), 1);
+  for (size_t i = shape.size(); i-- > 1;) strides[i - 1] = strides[i] * shape[i];
+  return torch::stable::from_blob(data, {shape.data(), shape.size()},
+                                  {strides.data(), strides.size()},
+                                  torch::stable::Device(torch::headeronly::DeviceType::CPU),
+                                  torch::headeronly::ScalarType::Float);
+}
+
+template <size_t kCount>
+Tensor call(const char* name, std::array<StableIValue, kCount> stack) {
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, "", stack.data(), TORCH_ABI_VERSION));
+  const Tensor result = torch::stable::detail::to<Tensor>(stack[0]);
+  return result.is_contiguous() ? result : torch::stable::contiguous(result);
+}
+
+// Torch's linear where there is no stride, a convolution otherwise.
+class DenseCall final : public TorchCall {
+ public:
+  DenseCall(Ints x_shape, Tensor weight, OptionalTensor bias, Ints stride, Ints padding,
+            Ints dilation, int64_t groups)
+      : x_shape_(std::move(x_shape)),
+        weight_(std::move(weight)),
+        bias_(std::move(bias)),
+        stride_(std::move(stride)),
+        padding_(std::move(padding)),
+        dilation_(std::move(dilation)),
+        output_padding_(stride_.size(), 0),
+        groups_(groups) {}
+
+  Tensor run(float* x) const override {
+    using torch::stable::detail::from;
+    const Tensor input = from_floats(x, x_shape_);
+    if (stride_.empty()) {
+      return call<3>("aten::linear", {from(input), from(weight_), from(bias_)});
+    }
+    return call<9>("aten::convolution",
+                   {from(input), from(weight_), from(bias_), from(stride_), from(padding_),
+                    from(dilation_), from(false), from(output_padding_), from(groups_)});
+  }
+
+ private:
+  const Ints x_shape_;
+  const Tensor weight_;
+  const OptionalTensor bias_;
+  const Ints stride_;
+  const Ints padding_;
+  const Ints dilation_;
+  const Ints output_padding_;
+  const int64_t groups_;
+};
+
+}  // namespace
+
+void program_linear(int64_t program, Ints values, int64_t batch, Parts parts, Ints meta,
+                    OptionalTensor bias, OptionalBound lower, OptionalBound upper,
+                    std::string kernel) {
+  Program& target = Program::of_handle(program);
+  const Weight weight = as_weight(parts, meta, kernel, "spmm", 2);
+  const HeldEpilogue held = as_epilogue(bias, {}, lower, upper, weight.rows, {});
+  target.add_task(make_linear_task(target.team(), weight, batch, held.pointers), as_step(values));
+  target.keep(held_by(std::move(parts), held));
+}
+
+void program_conv2d(int64_t program, Ints values, Ints x_shape, Parts parts, Ints meta,
+                    OptionalTensor bias, Ints stride, Ints padding, Ints dilation, int64_t groups,
+                    OptionalBound lower, OptionalBound upper, std::string kernel) {
+  Program& target = Program::of_handle(program);
+  const Weight weight = as_weight(parts, meta, kernel, "conv2d", 4);
+  const ConvProblem problem = make_conv_problem(x_shape, meta, stride, padding, dilation, groups);
+  const HeldEpilogue held = as_epilogue(bias, {}, lower, upper, weight.rows, {});
+  target.add_task(make_conv_task(target.team(), problem, weight, held.pointers), as_step(values));
+  target.keep(held_by(std::move(parts), held));
+}
+
+void program_dense(int64_t program, Ints values, Ints x_shape, Tensor weight, OptionalTensor bias,
+                   Ints stride, Ints padding, Ints dilation, int64_t groups) {
+  Program::of_handle(program).add_torch(
+      std::make_unique<DenseCall>(std::move(x_shape), std::move(weight), std::move(bias),
+                                  std::move(stride), std::move(padding), std::move(dilation),
+                                  groups),
+      as_step(values));
+}
+
+}  // namespace sparselt

@@ -1,0 +1,167 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// A network, or a stretch of one, for inputs of one shape, as a list of steps that run in one call.
+//
+// Values are stretches of floats: inputs and outputs of the caller, constants, results of torch's
+// operators, and the rest, which lie in an arena by a plan of their lifetimes. A step is a task
+// (ops/task.h) or a call of torch. Tasks between two calls of torch make a region, which torch's
+// pool of threads enters once: each thread walks through all units of the region (a stage of a
+// task, or several stages that are one part each), computes the parts that nobody has claimed, its
+// own first, and waits until the unit is done by everybody. No thread waits for another to arrive:
+// whoever is there computes all, so any number of threads will do, and one is enough.
+#pragma once
+
+#include <atomic>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "ops/ops.h"
+#include "ops/task.h"
+#include "program/memory.h"
+
+namespace sparselt {
+
+// Values that a step reads and writes; residual is -1 for none.
+struct StepValues {
+  int64_t x;
+  int64_t residual;
+  int64_t y;
+};
+
+// What torch computes: from the place of x, a new contiguous tensor.
+class TorchCall {
+ public:
+  TorchCall() = default;
+  TorchCall(const TorchCall&) = delete;
+  TorchCall& operator=(const TorchCall&) = delete;
+  virtual ~TorchCall() = default;
+  virtual Tensor run(float* x) const = 0;
+};
+
+// Nanoseconds from the begin of the run.
+struct Span {
+  int64_t begin;
+  int64_t end;
+};
+
+class Program {
+ public:
+  // `threads`: what tasks are shared out to.
+  Program(int64_t threads, std::shared_ptr<ArenaPool> pool);
+  ~Program();
+  Program(const Program&) = delete;
+  Program& operator=(const Program&) = delete;
+
+  Team team() const;
+  int64_t handle() const { return handle_; }
+  // The live program of a handle, which is a plain number so that operators can take it; throws
+  // where there is none.
+  static Program& of_handle(int64_t handle);
+
+  // Each returns the number of the new value.
+  int64_t add_input(int64_t floats);
+  int64_t add_constant(const float* data, int64_t floats);  // outlives the program
+  int64_t add_value(int64_t floats);
+  int64_t add_part(int64_t whole, int64_t offset, int64_t floats);  // floats within another value
+  // Makes an earlier value of a task a part of another; false where it cannot be one.
+  bool lay_in(int64_t value, int64_t whole, int64_t offset);
+  void add_output(int64_t value);
+
+  void add_task(TaskPointer task, const StepValues& values);
+  void add_torch(std::unique_ptr<TorchCall> call, const StepValues& values);
+  // Keeps what tasks point into.
+  void keep(Parts tensors);
+
+  // Plans the memory and prepares the tasks; nothing can be added any more.
+  void finish();
+
+  // From any thread, and from several at once. One pointer an input and output, in the order they
+  // were added.
+  void run(const std::vector<const float*>& inputs, const std::vector<float*>& outputs) const;
+  // Step by step on all threads, with the time of each.
+  std::vector<Span> run_watched(const std::vector<const float*>& inputs,
+                                const std::vector<float*>& outputs) const;
+
+  // Whether a region runs on all threads or on the calling one.
+  void set_parallel(bool parallel) { parallel_ = parallel; }
+  bool has_parts() const;  // whether a second thread would find anything to do
+  int64_t arena_floats() const { return arena_floats_; }
+  int64_t num_steps() const { return static_cast<int64_t>(steps_.size()); }
+
+ private:
+  enum class Place { kInput, kOutput, kConstant, kTorch, kArena };
+  struct Value {
+    Place place;
+    int64_t floats;
+    int64_t root;         // the value that this one lies in; itself for most
+    int64_t root_offset;  // in floats
+    int64_t index;        // of the input or output
+    const float* data;    // of a constant
+    int64_t offset;       // in the arena
+  };
+  struct Step {
+    TaskPointer task;
+    std::unique_ptr<TorchCall> torch;
+    StepValues values;
+    int64_t shared_offset;  // in the arena
+  };
+  struct StageOfStep {
+    size_t step;
+    int64_t stage;
+  };
+  // One stage of several parts, or stages of one part each, which one thread runs in a row.
+  struct Unit {
+    size_t first;  // of the region's stages
+    size_t last;   // exclusive
+    int64_t parts;
+    int64_t parts_before;  // of the region's earlier units
+  };
+  // Tasks between two calls of torch.
+  struct Region {
+    std::vector<StageOfStep> stages;
+    std::vector<Unit> units;
+    int64_t parts = 0;
+    bool has_parts() const { return parts > static_cast<int64_t>(units.size()); }
+  };
+  struct Context;
+  class Loan;
+
+  int64_t add(Place place, int64_t floats, int64_t index = 0, const float* data = nullptr);
+  const Value& value(int64_t number) const;
+  std::unique_ptr<Context> new_context() const;
+  Step& add_step(const StepValues& values);
+  std::vector<int64_t> last_uses() const;
+  void share_in_place();
+  void plan_arena();
+  Region make_region(size_t first_step, size_t last_step) const;
+  void bind(Context& context, const std::vector<const float*>& inputs,
+            const std::vector<float*>& outputs) const;
+  float* place_of(const Context& context, int64_t value) const;
+  void run_torch(Context& context, size_t step) const;
+  void run_part(const Context& context, const Region& region, const Unit& unit, int64_t part,
+                int64_t slot) const;
+  void run_region(Context& context, const Region& region) const;
+  void work(Context& context, const Region& region, int64_t slot) const;
+
+  const int64_t threads_;
+  const std::shared_ptr<ArenaPool> pool_;
+  int64_t handle_;
+  std::vector<Value> values_;
+  std::vector<Step> steps_;
+  int64_t num_outputs_ = 0;
+  int64_t num_inputs_ = 0;
+  std::vector<Parts> kept_;      // what tasks point into
+  std::vector<Region> regions_;  // one before each call of torch, and one after the last
+  std::vector<size_t> calls_;    // the steps that are calls of torch
+  int64_t arena_floats_ = 0;
+  int64_t own_floats_ = 0;
+  int64_t own_offset_ = 0;
+  bool parallel_ = true;
+  mutable std::mutex mutex_;
+  mutable std::vector<std::unique_ptr<Context>> contexts_;
+};
+
+}  // namespace sparselt

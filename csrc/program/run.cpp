@@ -1,0 +1,195 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// How a program runs; see program.h.
+#include <torch/csrc/stable/ops.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <algorithm>
+#include <chrono>
+#include <thread>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include "ops/check.h"
+#include "program/context.h"
+
+namespace sparselt {
+namespace {
+
+// Looks at the counter so often before the core is offered to somebody else.
+constexpr int kPatience = 1 << 12;
+
+void pause() {
+#if defined(__x86_64__)
+  _mm_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+void wait_until(const std::atomic<int64_t>& done, int64_t count) {
+  for (int looks = 0; done.load(std::memory_order_acquire) < count; ++looks) {
+    if (looks < kPatience) {
+      pause();
+    } else {
+      std::this_thread::yield();
+    }
+  }
+}
+
+int64_t now() {
+  const auto time = std::chrono::steady_clock::now().time_since_epoch();
+  return std::chrono::duration_cast<std::chrono::nanoseconds>(time).count();
+}
+
+}  // namespace
+
+// A context for as long as a run lasts.
+class Program::Loan {
+ public:
+  explicit Loan(const Program& program) : program_(program) {
+    {
+      const std::lock_guard<std::mutex> lock(program.mutex_);
+      if (!program.contexts_.empty()) {
+        context_ = std::move(program.contexts_.back());
+        program.contexts_.pop_back();
+      }
+    }
+    if (!context_) context_ = program.new_context();
+    context_->arena = program.pool_->take(program.arena_floats_);
+  }
+  ~Loan() {
+    program_.pool_->give_back(std::move(context_->arena));
+    const std::lock_guard<std::mutex> lock(program_.mutex_);
+    program_.contexts_.push_back(std::move(context_));
+  }
+  Loan(const Loan&) = delete;
+  Loan& operator=(const Loan&) = delete;
+  Context& operator*() const { return *context_; }
+
+ private:
+  const Program& program_;
+  std::unique_ptr<Context> context_;
+};
+
+std::unique_ptr<Program::Context> Program::new_context() const {
+  auto context = std::make_unique<Context>();
+  context->places.resize(values_.size());
+  context->results.resize(values_.size());
+  int64_t most = 0;
+  for (const Region& region : regions_) most = std::max(most, region.parts);
+  context->claims = std::make_unique<std::atomic<uint32_t>[]>(static_cast<size_t>(most));
+  return context;
+}
+
+void Program::bind(Context& context, const std::vector<const float*>& inputs,
+                   const std::vector<float*>& outputs) const {
+  STD_TORCH_CHECK(static_cast<int64_t>(inputs.size()) == num_inputs_ &&
+                      static_cast<int64_t>(outputs.size()) == num_outputs_,
+                  "program: expected ", num_inputs_, " inputs and ", num_outputs_, " outputs, got ",
+                  inputs.size(), " and ", outputs.size());
+  for (size_t i = 0; i < values_.size(); ++i) {
+    const Value& value = values_[i];
+    const auto index = static_cast<size_t>(value.index);
+    // Tasks only read inputs and constants; one type of pointer serves all places.
+    if (value.place == Place::kInput) context.places[i] = const_cast<float*>(inputs[index]);
+    if (value.place == Place::kConstant) context.places[i] = const_cast<float*>(value.data);
+    if (value.place == Place::kOutput) context.places[i] = outputs[index];
+    if (value.place == Place::kArena) context.places[i] = context.arena->data() + value.offset;
+  }
+}
+
+float* Program::place_of(const Context& context, int64_t number) const {
+  if (number < 0) return nullptr;
+  const Value& value = values_[static_cast<size_t>(number)];
+  return context.places[static_cast<size_t>(value.root)] + value.root_offset;
+}
+
+void Program::run_torch(Context& context, size_t index) const {
+  const Step& step = steps_[index];
+  const auto y = static_cast<size_t>(step.values.y);
+  context.results[y] = step.torch->run(place_of(context, step.values.x));
+  context.places[y] = float_data(*context.results[y]);
+}
+
+void Program::run_part(const Context& context, const Region& region, const Unit& unit, int64_t part,
+                       int64_t slot) const {
+  for (size_t i = unit.first; i < unit.last; ++i) {
+    const Step& step = steps_[region.stages[i].step];
+    float* arena = context.arena->data();
+    const Operands operands{place_of(context, step.values.x),
+                            place_of(context, step.values.residual),
+                            place_of(context, step.values.y), arena + step.shared_offset,
+                            arena + own_offset_ + own_floats_ * slot};
+    step.task->run(region.stages[i].stage, part, operands);
+  }
+}
+
+// One thread's way through a region.
+void Program::work(Context& context, const Region& region, int64_t slot) const {
+  for (const Unit& unit : region.units) {
+    wait_until(context.done, unit.parts_before);
+    for (int64_t i = 0; i < unit.parts; ++i) {
+      const int64_t part = (slot + i) % unit.parts;
+      std::atomic<uint32_t>& claim = context.claims[static_cast<size_t>(unit.parts_before + part)];
+      if (claim.load(std::memory_order_relaxed) == context.region) continue;
+      if (claim.exchange(context.region, std::memory_order_relaxed) == context.region) continue;
+      run_part(context, region, unit, part, slot);
+      context.done.fetch_add(1, std::memory_order_release);
+    }
+  }
+}
+
+void Program::run_region(Context& context, const Region& region) const {
+  if (threads_ == 1 || !parallel_ || !region.has_parts()) {
+    for (const Unit& unit : region.units) {
+      for (int64_t part = 0; part < unit.parts; ++part) run_part(context, region, unit, part, 0);
+    }
+    return;
+  }
+  ++context.region;
+  context.done.store(0, std::memory_order_relaxed);
+  torch::stable::parallel_for(0, threads_, 1,
+                              [&](int64_t slot, int64_t) { work(context, region, slot); });
+}
+
+void Program::run(const std::vector<const float*>& inputs,
+                  const std::vector<float*>& outputs) const {
+  const Loan loan(*this);
+  Context& context = *loan;
+  bind(context, inputs, outputs);
+  for (size_t i = 0; i < regions_.size(); ++i) {
+    run_region(context, regions_[i]);
+    if (i < calls_.size()) run_torch(context, calls_[i]);
+  }
+  for (const size_t call : calls_) {
+    context.results[static_cast<size_t>(steps_[call].values.y)].reset();
+  }
+}
+
+std::vector<Span> Program::run_watched(const std::vector<const float*>& inputs,
+                                       const std::vector<float*>& outputs) const {
+  const Loan loan(*this);
+  Context& context = *loan;
+  bind(context, inputs, outputs);
+  std::vector<Region> regions;
+  for (size_t i = 0; i < steps_.size(); ++i) {
+    regions.push_back(steps_[i].task ? make_region(i, i + 1) : Region{});
+  }
+  std::vector<Span> spans;
+  const int64_t begin = now();
+  for (size_t i = 0; i < steps_.size(); ++i) {
+    const int64_t step_begin = now();
+    if (steps_[i].task) {
+      run_region(context, regions[i]);
+    } else {
+      run_torch(context, i);
+    }
+    spans.push_back({step_begin - begin, now() - begin});
+  }
+  return spans;
+}
+
+}  // namespace sparselt

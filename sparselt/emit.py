@@ -1,0 +1,288 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Adds the nodes of a lowered graph to a native program, for one set of shapes.
+
+A function a kind of node. Each raises `NotNativeError` for a variant that has no native step.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from sparselt.builder import LAYER, Builder, DenseStep, NotNativeError, Shape, Shaped, operation
+from sparselt.extension import conv_shape
+from sparselt.fuse import argument, clamp_bounds
+from sparselt.nn import SparseConv1d, SparseConv2d, SparseLayer, SparseLinear
+
+__all__ = ["emit"]
+
+Bounds = tuple[float | None, float | None]
+
+
+def emit(build: Builder, node: fx.Node) -> None:
+    """Adds one node, whose arguments have been added.
+
+    Args:
+        build: the program.
+        node: of a lowered graph.
+
+    Raises:
+        NotNativeError: there is no native step for it.
+    """
+    if LAYER in node.meta:
+        result = _layer(build, node)
+    elif clamp_bounds(node) is not None:
+        result = _elements(build, node, "identity", clamp_bounds(node))
+    elif operation(node) in _EMITTERS:
+        result = _EMITTERS[operation(node)](build, node)
+    else:
+        raise NotNativeError(operation(node))
+    build.add(node, result)
+
+
+def _layer(build: Builder, node: fx.Node) -> Shaped:
+    layer = node.meta[LAYER]
+    x = build.tensor(node.args[0])
+    residual = build.tensor(node.args[1]) if len(node.args) > 1 else None
+    if isinstance(layer, DenseStep):
+        return _dense(build, layer, x, residual)
+    assert isinstance(layer, SparseLayer)
+    parts, bias = list(layer.weight.parts()), layer.bias
+    end = (layer.lower, layer.upper, layer.kernel)
+    other = -1 if residual is None else residual.number
+    if parts[-1].dtype is not torch.float32:
+        raise NotNativeError("a weight that is not float32")
+    ops = torch.ops.sparselt
+    if isinstance(layer, SparseLinear):
+        y = build.new((*x.shape[:-1], layer.out_features))
+        batch = math.prod(x.shape[:-1])
+        given = ([x.number, other, y.number], batch, parts, layer.weight.meta(), bias)
+        ops.program_linear(build.program.handle, *given, *end)
+        return y
+    if not isinstance(layer, (SparseConv1d, SparseConv2d)) or layer.pad_first is not None:
+        raise NotNativeError("a padding that is laid out first")
+    axes = len(layer.stride)
+    if len(x.shape) != axes + 2:
+        raise NotNativeError("an input without batch")
+    lifted = [*x.shape[:2], *[1] * (2 - axes), *x.shape[2:]]
+    geometry, meta = layer.geometry(), layer.lifted_meta
+    shape = conv_shape(torch.empty(lifted, device="meta"), meta, *geometry[:3])
+    y = build.new((*shape[:2], *shape[4 - axes :]))
+    given_conv = ([x.number, other, y.number], lifted, parts, meta, bias)
+    ops.program_conv2d(build.program.handle, *given_conv, *geometry, *end)
+    return y
+
+
+def _dense(build: Builder, step: DenseStep, x: Shaped, residual: Shaped | None) -> Shaped:
+    module = step.module
+    assert isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d))
+    geometry: tuple[Any, ...] = ([], [], [], 1)
+    shape: Sequence[int] = (*x.shape[:-1], module.weight.shape[0])
+    if isinstance(module, (nn.Conv1d, nn.Conv2d)):
+        axes = len(module.kernel_size)
+        if isinstance(module.padding, str) or len(x.shape) != axes + 2:
+            raise NotNativeError("a padding by name, or an input without batch")
+        geometry = (module.stride, module.padding, module.dilation, module.groups)
+        sizes = [
+            (x.shape[2 + i] + 2 * module.padding[i] - module.dilation[i] * (taps - 1) - 1)
+            // module.stride[i]
+            + 1
+            for i, taps in enumerate(module.kernel_size)
+        ]
+        shape = (x.shape[0], module.out_channels, *sizes)
+    y = build.new(shape, by_torch=True)
+    numbers = [x.number, -1, y.number]
+    given = (list(x.shape), module.weight, module.bias, *geometry)
+    torch.ops.sparselt.program_dense(build.program.handle, numbers, *given)
+    if residual is None and step.lower is None and step.upper is None:
+        return y
+    name = "identity" if residual is None else "add"
+    return _append(build, name, y, residual, (step.lower, step.upper))
+
+
+def _append(
+    build: Builder, name: str, x: Shaped, other: Shaped | None, bounds: Bounds | None = None
+) -> Shaped:
+    """An elementwise step."""
+    lower, upper = bounds or (None, None)
+    y = build.new(x.shape)
+    build.program.add_elements(
+        name,
+        x.number,
+        -1 if other is None else other.number,
+        y.number,
+        x.floats,
+        -math.inf if lower is None else lower,
+        math.inf if upper is None else upper,
+    )
+    return y
+
+
+def _elements(build: Builder, node: fx.Node, name: str, bounds: Bounds | None = None) -> Shaped:
+    return _append(build, name, build.tensor(node.args[0]), None, bounds)
+
+
+def _unary(name: str) -> Callable[[Builder, fx.Node], Shaped]:
+    def emit(build: Builder, node: fx.Node) -> Shaped:
+        if any(key not in ("input", "inplace") for key in node.kwargs):
+            raise NotNativeError("a variant of an activation")
+        return _elements(build, node, name)
+
+    return emit
+
+
+def _binary(name: str) -> Callable[[Builder, fx.Node], Shaped]:
+    def emit(build: Builder, node: fx.Node) -> Shaped:
+        if len(node.args) != 2 or node.kwargs.get("alpha", 1) != 1:
+            raise NotNativeError("a sum with a factor")
+        x, other = build.tensor(node.args[0]), build.tensor(node.args[1])
+        if x.shape != other.shape:
+            raise NotNativeError("operands of different shapes")
+        return _append(build, name, x, other)
+
+    return emit
+
+
+def _window(build: Builder, node: fx.Node, x: Shaped) -> tuple[list[int], list[int]]:
+    """Sizes, kernel, stride and padding of a pooling, and the sizes of its result."""
+    kernel = build.pair(argument(node, 1, "kernel_size"))
+    stride = build.pair(argument(node, 2, "stride") or kernel)
+    padding = build.pair(argument(node, 3, "padding", 0))
+    if len(x.shape) not in (3, 4) or any(2 * padding[i] > kernel[i] for i in (0, 1)):
+        raise NotNativeError("a pooling that torch refuses")
+    sizes = x.shape[-2:]
+    out = [(sizes[i] + 2 * padding[i] - kernel[i]) // stride[i] + 1 for i in (0, 1)]
+    if min(out) < 1:
+        raise NotNativeError("a window larger than the input")
+    return [*sizes, *kernel, *stride, *padding], out
+
+
+def _max_pool(build: Builder, node: fx.Node) -> Shaped:
+    x = build.tensor(argument(node, 0, "input"))
+    dilation, ceil = argument(node, 4, "dilation", 1), argument(node, 5, "ceil_mode", False)
+    if build.pair(dilation) != (1, 1) or ceil or argument(node, 6, "return_indices", False):
+        raise NotNativeError("a variant of max pooling")
+    window, out = _window(build, node, x)
+    y = build.new((*x.shape[:-2], *out))
+    build.program.add_max_pool(x.number, y.number, math.prod(x.shape[:-2]), window)
+    return y
+
+
+def _mean_pool(build: Builder, node: fx.Node) -> Shaped:
+    x = build.tensor(argument(node, 0, "input"))
+    if argument(node, 4, "ceil_mode", False) or argument(node, 6, "divisor_override") is not None:
+        raise NotNativeError("a variant of average pooling")
+    window, out = _window(build, node, x)
+    y = build.new((*x.shape[:-2], *out))
+    counted = bool(argument(node, 5, "count_include_pad", True))
+    build.program.add_mean_pool(x.number, y.number, math.prod(x.shape[:-2]), window, counted)
+    return y
+
+
+def _adaptive_mean_pool(build: Builder, node: fx.Node) -> Shaped:
+    x = build.tensor(argument(node, 0, "input"))
+    out = build.pair(argument(node, 1, "output_size"))
+    if out == (1, 1):
+        return _mean_of_last(build, x, 2, (*x.shape[:-2], 1, 1))
+    if any(x.shape[i - 2] % out[i] for i in (0, 1)):
+        raise NotNativeError("windows of different sizes")
+    kernel = [x.shape[i - 2] // out[i] for i in (0, 1)]
+    y = build.new((*x.shape[:-2], *out))
+    window = [*x.shape[-2:], *kernel, *kernel, 0, 0]
+    build.program.add_mean_pool(x.number, y.number, math.prod(x.shape[:-2]), window, True)
+    return y
+
+
+def _mean(build: Builder, node: fx.Node) -> Shaped:
+    x = build.tensor(argument(node, 0, "input"))
+    dims = argument(node, 1, "dim")
+    numbers = dims if isinstance(dims, (list, tuple)) else [dims]
+    rank = len(x.shape)
+    places = sorted(build.whole(dim) % rank for dim in numbers)
+    if node.kwargs.get("dtype") or places != list(range(rank - len(places), rank)):
+        raise NotNativeError("a mean over other than the last dimensions")
+    kept = [1] * len(places) if argument(node, 2, "keepdim", False) else []
+    return _mean_of_last(build, x, len(places), (*x.shape[: rank - len(places)], *kept))
+
+
+def _mean_of_last(build: Builder, x: Shaped, dims: int, shape: Shape) -> Shaped:
+    y = build.new(shape)
+    build.program.add_mean(x.number, y.number, y.floats, x.floats // y.floats)
+    return y
+
+
+def _flatten(build: Builder, node: fx.Node) -> Shaped:
+    x = build.tensor(argument(node, 0, "input"))
+    rank = len(x.shape)
+    first = build.whole(argument(node, 1, "start_dim", 0)) % rank
+    last = build.whole(argument(node, 2, "end_dim", -1)) % rank
+    middle = math.prod(x.shape[first : last + 1])
+    return Shaped(x.number, (*x.shape[:first], middle, *x.shape[last + 1 :]))
+
+
+def _view(build: Builder, node: fx.Node) -> Shaped:
+    x = build.tensor(node.args[0])
+    sizes = node.args[1:] if len(node.args) > 2 else node.args[1]
+    shape = [build.whole(n) for n in (sizes if isinstance(sizes, (list, tuple)) else [sizes])]
+    if shape.count(-1) == 1:
+        shape[shape.index(-1)] = x.floats // max(1, -math.prod(shape))
+    if min(shape, default=1) < 1 or math.prod(shape) != x.floats:
+        raise NotNativeError("a view of another size")
+    return Shaped(x.number, tuple(shape))
+
+
+def _same(build: Builder, node: fx.Node) -> Shaped:
+    return build.tensor(node.args[0])
+
+
+def _concatenate(build: Builder, node: fx.Node) -> Shaped:
+    """Values written where they belong where each is one stretch, and copied there otherwise."""
+    listed = argument(node, 0, "tensors")
+    members = [build.tensor(item) for item in listed]
+    rank = len(members[0].shape)
+    dim = build.whole(argument(node, 1, "dim", 0)) % rank
+    rests = {(*m.shape[:dim], *m.shape[dim + 1 :]) for m in members}
+    if len(rests) != 1:
+        raise NotNativeError("a sum of shapes that do not fit")
+    total = sum(m.shape[dim] for m in members)
+    y = build.new((*members[0].shape[:dim], total, *members[0].shape[dim + 1 :]))
+    outer = math.prod(members[0].shape[:dim])
+    inner, offset = y.floats // outer, 0
+    for member in members:
+        own = member.floats // outer
+        if outer > 1 or not build.lay_in(member, y, offset):
+            part = build.program.add_part(y.number, offset, (outer - 1) * inner + own)
+            build.program.add_copy(member.number, part, outer, own, own, inner)
+        offset += own
+    return y
+
+
+_EMITTERS: Mapping[str, Callable[[Builder, fx.Node], Shaped]] = {
+    "adaptive_avg_pool2d": _adaptive_mean_pool,
+    "add": _binary("add"),
+    "add_": _binary("add"),
+    "alias": _same,
+    "avg_pool2d": _mean_pool,
+    "cat": _concatenate,
+    "clone": _same,
+    "concat": _concatenate,
+    "contiguous": _same,
+    "detach": _same,
+    "flatten": _flatten,
+    "gelu": _unary("gelu"),
+    "hardswish": _unary("hardswish"),
+    "hardswish_": _unary("hardswish"),
+    "iadd": _binary("add"),
+    "max_pool2d": _max_pool,
+    "mean": _mean,
+    "mul": _binary("mul"),
+    "reshape": _view,
+    "sigmoid": _unary("sigmoid"),
+    "silu": _unary("silu"),
+    "silu_": _unary("silu"),
+    "view": _view,
+}
