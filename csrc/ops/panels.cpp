@@ -14,6 +14,15 @@ namespace {
 // Vectors of 16 columns that a thread must have for columns to be shared out rather than rows.
 constexpr int64_t kWorthSharing = 4;
 
+// Wide panels pay off code that is read from L3 for each of them. Where it stays in L2, half as
+// much x and half as many sums beside it are better.
+constexpr size_t kCodeInL2 = 768 << 10;
+
+int64_t lanes_of(const Weight& weight) {
+  const int64_t most = weight.kernel->tile_columns;
+  return weight.code && weight.code->bytes() <= kCodeInL2 ? most / 2 : most;
+}
+
 }  // namespace
 
 PanelTask::PanelTask(const Team& team, const Weight& weight, const Epilogue& epilogue,
@@ -21,6 +30,7 @@ PanelTask::PanelTask(const Team& team, const Weight& weight, const Epilogue& epi
     : weight_(weight),
       epilogue_(epilogue),
       source_(std::move(source)),
+      lanes_(lanes_of(weight)),
       pixels_(source_.batch * source_.out_height * source_.out_width) {
   if (pixels_ == 0 || weight.rows == 0) return;
   // Pieces count from the first image that a panel meets, and it may meet a few more.
@@ -33,7 +43,7 @@ PanelTask::PanelTask(const Team& team, const Weight& weight, const Epilogue& epi
 }
 
 int64_t PanelTask::own_floats() const {
-  return (weight_.sell.block_cols + 1 + weight_.rows) * weight_.kernel->tile_columns;
+  return (weight_.sell.block_cols + 1 + weight_.rows) * lanes_;
 }
 
 PanelTask::Share PanelTask::share_of(int64_t part) const {
@@ -47,7 +57,7 @@ PanelTask::Share PanelTask::share_of(int64_t part) const {
 
 int64_t PanelTask::panels_of(Range pixels) const {
   const int64_t vectors = (pixels.end - pixels.begin + kPanelLanes - 1) / kPanelLanes;
-  const int64_t most = weight_.kernel->tile_columns / kPanelLanes;
+  const int64_t most = lanes_ / kPanelLanes;
   return (vectors + most - 1) / most;
 }
 
@@ -62,7 +72,7 @@ void PanelTask::run_panel(Panel panel, int64_t begin, Range sections,
                           const Operands& operands) const {
   const int64_t image = point(source_, weight_.rows, begin, operands.x, operands.y, &panel);
   PanelCall call{weight_.sell, panel, epilogue_, operands.own,
-                 operands.own + (weight_.sell.block_cols + 1) * weight_.kernel->tile_columns};
+                 operands.own + (weight_.sell.block_cols + 1) * lanes_};
   if (operands.residual) {
     call.epilogue.residual =
         operands.residual + image * weight_.rows * source_.out_height * source_.out_width;

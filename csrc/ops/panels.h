@@ -48,6 +48,7 @@ class PanelTask : public Task {
   const Weight weight_;
   const Epilogue epilogue_;
   const PanelSource source_;
+  const int64_t lanes_;  // of the widest panel
   const int64_t pixels_;
   int64_t parts_ = 1;
   // By the first pixel's place in its image and the number of pixels; empty until prepared.
