@@ -91,12 +91,16 @@ struct CodeView {
 // block_cols, which no x has. Rows are also cut into sections, for threads to share; slices never
 // cross them. In its first and last block every row has a slice, in the others only rows with
 // values.
+//
+// BSELL is the same for rows of blocks of slice_height x 1: a slice is such a row, `columns` has
+// one column a step, which all its rows share, and no step is filled up. The rows of a slice are
+// neighbours; those beyond the last are -1, with values of 0.
 struct SellView {
   const int32_t* block_slices;  // num_sections * num_blocks + 1: the first slice of block b of
                                 // section s, at s * num_blocks + b
   const int32_t* slice_steps;   // a slice each, + 1: its first step
   const int32_t* slice_rows;    // slice_height a slice: the row, or -1 for none
-  const uint16_t* columns;      // slice_height a step: column within its block
+  const uint16_t* columns;      // slice_height a step (BSELL: one): column within its block
   const float* values;          // slice_height a step
   int64_t rows;
   int64_t cols;

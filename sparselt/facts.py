@@ -72,7 +72,7 @@ def sparse_plan(facts: Facts, format: str, kernel: str = "") -> Plan:
 
     Args:
         facts: of the layer.
-        format: "auto", "csr", "bsr", "sell" or "tile8".
+        format: one of `plan.FORMAT_CHOICES` but "dense".
         kernel: name of the kernel that must run; empty for the first that applies, or for the one
             that SPARSELT_KERNEL names if it serves the operation.
 
@@ -116,8 +116,12 @@ def _format_for(facts: Facts, format: str, named: KernelInfo | None) -> str:
     if facts.device == "cuda":
         applies = [c.format for c in _sparse_candidates(facts, ops.kernels()) if c.applies]
         return min(applies, key=partial(preference, facts), default="csr")
-    # Convolutions have no block kernel yet.
-    return "bsr" if facts.op == "linear" and facts.block != (1, 1) else "csr"
+    if facts.block == (1, 1):
+        return "csr"
+    if facts.op == "linear":
+        return "bsr"
+    # Of block formats only BSELL has kernels for convolutions, and these keep to no groups.
+    return "bsell" if facts.groups == 1 and facts.block[0] % 4 == 0 else "csr"
 
 
 def _sparse_candidates(facts: Facts, kernels: Sequence[KernelInfo]) -> list[Candidate]:

@@ -72,6 +72,8 @@ def _by_rule(place: Place, layer: Movable, weight: PackedWeight) -> Plan:
         # Torch computes float64 on the dense weight, and a meta tensor not at all.
         portable = "csr" if weight.format in ("sell", *FEW_COLUMNS_FORMATS) else weight.format
         block = weight.block if portable == weight.format else (1, 1)
+        if portable == "bsell":
+            portable, block = "bsr", (weight.block[0], 1)
         return Plan("", portable, f"{reason}: the first kernel that fits", block=block)
     mask = weight.packed().mask()
     facts = Facts(

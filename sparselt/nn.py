@@ -102,8 +102,8 @@ class SparseLayer(nn.Module):
             module: nn.Linear for SparseLinear, and so on. It is not changed, nothing is shared.
             mask: the weight's shape, bool or 0/1 valued: what to keep, a kept 0.0 included. None
                 keeps every weight that is not 0.
-            format: "auto" (csr, unless the zeros come in whole 16x16, 16x1 or 4x1 blocks), "csr"
-                or "bsr".
+            format: "auto" (csr, unless the zeros come in whole 16x16, 16x1, 8x1 or 4x1 blocks),
+                "csr", "bsr", or a kernel's own layout, "sell" or "bsell".
             kernel: name of the kernel to use; empty lets the plan choose.
 
         Returns:

@@ -17,12 +17,12 @@ from torch.utils import _pytree as pytree
 
 from sparselt.errors import FormatError, ShapeError, SparseltError, explain_mismatch
 from sparselt.extension import code_bytes, watch
-from sparselt.formats import CSR, FORMATS, SELL, SparseWeight, pack
+from sparselt.formats import BSELL, CSR, FORMATS, SELL, SparseWeight, pack
 
 __all__ = ["PackedWeight", "accept_packed_keys", "pack_as", "pack_dense_key", "zero_block"]
 
 # Block shapes that conversion looks for, largest first: (rows, cols). Tensor cores want large ones.
-_BLOCKS = ((16, 16), (16, 1), (4, 1))
+_BLOCKS = ((16, 16), (16, 1), (8, 1), (4, 1))
 _CUDA_BLOCKS = ((128, 128), (64, 64), (32, 32), *_BLOCKS)
 # The share of the zeros that must lie in whole zero blocks, and of the stored blocks that must be
 # kept weights, for a block format to be considered.
@@ -179,7 +179,7 @@ class PackedWeight(nn.Module):
     def _save_to_state_dict(
         self, destination: MutableMapping[str, Any], prefix: str, keep_vars: bool
     ) -> None:
-        """Saves what any machine can read: a kernel's own layout goes as compressed rows."""
+        """Saves what any machine reads: a kernel's own layout goes as compressed rows or blocks."""
         if self.format in _PORTABLE:
             super()._save_to_state_dict(destination, prefix, keep_vars)
             return
@@ -200,7 +200,7 @@ class PackedWeight(nn.Module):
         error_msgs: list[str],
     ) -> None:
         """Adopts the parts found, whatever their number of values, after checking every index."""
-        names = FORMATS[self.format if self.format in _PORTABLE else "csr"].part_names
+        names = FORMATS[_portable_name(self.format)].part_names
         absent = [prefix + name for name in names if prefix + name not in state_dict]
         if absent:
             missing_keys.extend(absent if strict else [])
@@ -224,9 +224,18 @@ class PackedWeight(nn.Module):
 def _portable(packed: SparseWeight) -> SparseWeight:
     if packed.name in _PORTABLE:
         return packed
+    if isinstance(packed, BSELL):
+        return packed.to_bsr()
     if isinstance(packed, SELL):
         return packed.to_csr()
     return CSR.from_dense(packed.to_dense(), packed.mask())
+
+
+def _portable_name(format: str) -> str:
+    """The format that `_portable` makes of one."""
+    if format in _PORTABLE:
+        return format
+    return "bsr" if format == "bsell" else "csr"
 
 
 def pack_as(

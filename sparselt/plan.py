@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from sparselt import cuda_rules
 from sparselt.cuda_rules import SEMI_STRUCTURED
 from sparselt.errors import KernelError, OptionError
+from sparselt.layout import block_for
 from sparselt.registry import Facts, KernelInfo
 
 __all__ = [
@@ -25,13 +26,13 @@ __all__ = [
     "Facts",
     "KernelInfo",
     "Plan",
-    "block_for",
     "candidates",
     "choose",
+    "is_asked_for",
 ]
 
 DENSE = "dense"
-FORMAT_CHOICES = ("auto", "csr", "bsr", "sell", "tile8", SEMI_STRUCTURED, DENSE)
+FORMAT_CHOICES = ("auto", "csr", "bsr", "sell", "bsell", "tile8", SEMI_STRUCTURED, DENSE)
 
 # Which kernels of the registry serve an operation: linear is spmm, conv1d is conv2d with H = 1.
 _KERNEL_OP = {"spmm": "spmm", "linear": "spmm", "conv1d": "conv2d", "conv2d": "conv2d"}
@@ -39,27 +40,12 @@ _KERNEL_OP = {"spmm": "spmm", "linear": "spmm", "conv1d": "conv2d", "conv2d": "c
 # Density below which a kernel is expected to beat dense, where nobody measured: the AVX2 kernels
 # break even with oneDNN on AVX-512 at 0.2 to 0.5, one thread, unit strides, ResNet-50's shapes.
 # Cautious on purpose: a wrong guess costs speed, and example inputs replace it by a measurement.
-_PAYS_BELOW = {"csr": 0.20, "bsr": 0.40, "sell": 0.30}
+_PAYS_BELOW = {"csr": 0.20, "bsr": 0.40, "sell": 0.30, "bsell": 0.45}
 _PAYS_BELOW_SCALAR = 0.05
 _PAYS_BELOW_ONE_COLUMN = 0.15
 
-# Columns of a SELL block: 128 rows of x, one panel wide, fill 2/3 of a 48 KiB first-level cache and
-# all of a 32 KiB one; where few weights are kept, fewer and larger blocks pay off, since each costs
-# a pass over the sums.
-_BLOCK_COLS = 128
-_SPARSE_BLOCK_COLS = 192
-_SPARSE_BELOW = 0.08
-_ANY_HEIGHT = 4  # slice height for a kernel that takes any
-
-# A spmv kernel reads the weight once for its tile's columns, so it is offered for no more. Its x is
-# small enough that one block may hold all columns of the weight, up to what 15-bit indices reach.
-_SPMV_HEIGHT = 8  # for a kernel that takes any; the AVX2 kernel's, so that the two share a packing
-_SPMV_BLOCK_COLS = 2**15 - 1
-
-# Generated code takes its time to read, so it wants many columns to be run for; and whole L2s of
-# them, not L1s, since it goes through few rows at a time.
+# Generated code takes its time to read, so it wants many columns to be run for.
 _CODE_COLUMNS = 512
-_CODE_BLOCK_COLS = 256
 
 # A dot product shorter than this (a depthwise filter, a 3-channel first convolution) leaves a
 # sparse kernel too little to skip.
@@ -154,21 +140,9 @@ def candidates(facts: Facts, kernels: Sequence[KernelInfo]) -> tuple[Candidate, 
     return tuple(found)
 
 
-def block_for(facts: Facts, kernel: KernelInfo) -> tuple[int, int]:
-    """The blocks (rows, cols) that a kernel wants a layer's weight packed in; (1, 1) for none.
-
-    Args:
-        facts: the layer; its density sets the column blocks of SELL.
-        kernel: its tile sets the slice height of SELL.
-    """
-    if kernel.format != "sell":
-        return facts.block if kernel.format == "bsr" else (1, 1)
-    height, cols = _ANY_HEIGHT, _SPARSE_BLOCK_COLS if facts.density < _SPARSE_BELOW else _BLOCK_COLS
-    if kernel.op == "spmv":
-        height, cols = _SPMV_HEIGHT, min(max(math.prod(facts.shape[1:]), 1), _SPMV_BLOCK_COLS)
-    elif kernel.op == "code":
-        cols = _CODE_BLOCK_COLS
-    return (kernel.tile_rows if kernel.tile_rows > 1 else height, cols)
+def is_asked_for(format: str, wanted: str) -> bool:
+    """Whether a kernel for `format` serves a user who wants `wanted`, one of `FORMAT_CHOICES`."""
+    return wanted in ("auto", format) or (wanted, format) == ("bsr", "bsell")
 
 
 def choose(
@@ -191,7 +165,7 @@ def choose(
         kernels: the registry, best first.
         times: microseconds a call by kernel name, "dense" included; None when nothing was measured.
         margin: the share of dense's time that a sparse kernel must gain.
-        format: "auto", "csr", "bsr", "sell" or "dense".
+        format: one of `FORMAT_CHOICES`; "bsr" stands for its kernels' own layout "bsell" too.
         forced: a kernel that must be used (SPARSELT_KERNEL); empty for none.
 
     Raises:
@@ -218,7 +192,7 @@ def choose(
     if facts.density >= 1:
         return _dense(considered, "stays dense: no zeros")
     pool = [c for c in considered if c.applies and c.format != DENSE]
-    pool = [c for c in pool if format in ("auto", c.format)]
+    pool = [c for c in pool if is_asked_for(c.format, format)]
     if not pool:
         return _dense(considered, f"stays dense: {_why_none(considered, format)}")
     if format != "auto":
@@ -237,9 +211,11 @@ def _refusal(facts: Facts, kernel: KernelInfo) -> str:
         return f"runs on {kernel.device}, the layer is on {facts.device}"
     if kernel.dtype != facts.dtype:
         return f"computes {kernel.dtype}, the weight is {facts.dtype}"
-    if kernel.format == "bsr" and facts.block == (1, 1):
+    if kernel.format in ("bsr", "bsell") and facts.block == (1, 1):
         return "the zeros do not come in blocks"
-    if kernel.format == "sell" and facts.groups != 1:
+    if kernel.format == "bsell" and facts.block[0] % 4:
+        return "the rows of the blocks are no multiple of 4"
+    if kernel.format in ("sell", "bsell") and facts.groups != 1:
         return "slices of rows do not keep to groups"
     if kernel.op == "spmv" and (facts.columns is None or facts.columns > kernel.tile_columns):
         return f"is for at most {kernel.tile_columns} columns"
@@ -336,7 +312,7 @@ def _expected_best(facts: Facts, pool: list[Candidate]) -> Candidate:
     """Blocks share each activation they load among their rows, so they win where they exist."""
     if facts.device == "cuda":
         return min(pool, key=lambda item: cuda_rules.preference(facts, item.format))
-    return next((item for item in pool if item.format == "bsr"), pool[0])
+    return next((item for item in pool if item.format in ("bsr", "bsell")), pool[0])
 
 
 def _pays_below(facts: Facts, best: Candidate) -> float:
@@ -369,7 +345,7 @@ def _sparse(considered: tuple[Candidate, ...], item: Candidate, reason: str) -> 
 
 def _why_none(considered: tuple[Candidate, ...], format: str) -> str:
     """Each reason once, with the kernel where it is the reason of one alone."""
-    asked = [c for c in considered if not c.applies and format in ("auto", c.format)]
+    asked = [c for c in considered if not c.applies and is_asked_for(c.format, format)]
     # Kernels of another device are worth a word only where there are no others.
     here = [c for c in asked if not c.verdict.startswith("runs on ")] or asked
     by_verdict: dict[str, list[str]] = {}

@@ -32,7 +32,16 @@ from sparselt.cuda_timer import measure_on_cuda
 from sparselt.extension import build_id
 from sparselt.facts import facts_of, forced_kernel
 from sparselt.nn import SPARSE_LAYERS, SparseLayer
-from sparselt.plan import DENSE, Candidate, Facts, KernelInfo, Plan, candidates, choose
+from sparselt.plan import (
+    DENSE,
+    Candidate,
+    Facts,
+    KernelInfo,
+    Plan,
+    candidates,
+    choose,
+    is_asked_for,
+)
 from sparselt.tune_cache import TimesCache
 
 __all__ = ["Tuner", "cache_bytes", "machine", "measure"]
@@ -159,7 +168,7 @@ class Tuner:
     """Plans the layers of one network, timing each kind of layer once.
 
     Args:
-        format: "auto", "csr", "bsr", "sell" or "dense".
+        format: one of `plan.FORMAT_CHOICES`.
         weight_bytes: bytes of all dense weights of the network; decides whether they are cold.
 
     Attributes:
@@ -259,10 +268,9 @@ class Tuner:
         which they differ, its instruction sets do not tell. On CUDA all.
         """
         pool = [c for c in considered if c.applies and c.kernel != DENSE]
-        pool = [c for c in reversed(pool) if self.format in ("auto", c.format)]
         infos = {kernel.name: kernel for kernel in kernels}
         first: dict[tuple[object, ...], Candidate] = {}
-        for item in pool:
+        for item in reversed([c for c in pool if is_asked_for(c.format, self.format)]):
             info = infos.get(item.kernel)
             if info is None or info.device == "cuda":
                 first[item.kernel,] = item

@@ -25,12 +25,14 @@ def blocks_of(kernel: KernelInfo) -> tuple[tuple[int, int] | None, ...]:
         # Column blocks of one column, of a few, and wider than most cases.
         heights = (kernel.tile_rows,) if kernel.tile_rows > 1 else (1, 2, 3, 4, 7)
         return tuple((height, cols) for height in heights for cols in (1, 5, 16, 128))
+    if kernel.format == "bsell":
+        return tuple((height, cols) for height in (4, 8, 16) for cols in (1, 5, 16, 384))
     return BLOCKS if kernel.format == "bsr" else (None,)
 
 
 def ungrouped(kernel: KernelInfo, case: ConvCase) -> ConvCase:
     """The case as the kernel can run it: slices of rows do not keep to groups."""
-    return replace(case, groups=1) if kernel.format == "sell" else case
+    return replace(case, groups=1) if kernel.format in ("sell", "bsell") else case
 
 
 def a_block_of(kernel: KernelInfo, case: object) -> tuple[int, int] | None:

@@ -22,6 +22,7 @@ FORMAT_BLOCKS = [
     ("csr", None),
     *(("bsr", block) for block in BLOCKS),
     *(("sell", block) for block in SLICES),
+    *(("bsell", block) for block in ((4, 128), (8, 5), (16, 1), (4, 32767))),
     *(("tile8", block) for block in (None, (32, 128))),
     ("bitmask", None),
     ("patch8", None),

@@ -273,7 +273,7 @@ def test_the_mask_decides_what_is_stored():
     assert torch.equal(sparse.weight.to_dense(), dense.weight * mask)
 
 
-@pytest.mark.parametrize("block", [(16, 16), (16, 1), (4, 1)])
+@pytest.mark.parametrize("block", [(16, 16), (16, 1), (8, 1), (4, 1)])
 def test_zeros_in_whole_blocks_are_packed_as_blocks(block):
     torch.manual_seed(0)
     dense = nn.Linear(64, 64).requires_grad_(False)

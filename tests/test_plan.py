@@ -9,7 +9,8 @@ from dataclasses import replace
 import pytest
 
 from sparselt.errors import KernelError, OptionError
-from sparselt.plan import DENSE, Facts, KernelInfo, Plan, block_for, candidates, choose
+from sparselt.layout import block_for
+from sparselt.plan import DENSE, Facts, KernelInfo, Plan, candidates, choose
 
 
 def kernel(name: str, **changes: object) -> KernelInfo:
@@ -76,6 +77,27 @@ def test_generated_code_is_offered_for_many_columns(columns, applies):
         assert found.block == (31, 256)
 
 
+def test_rows_of_blocks_are_sliced_by_the_height_of_the_blocks():
+    panel, few = kernel("bsell_panel_fast", tile_rows=4), kernel("bsell_spmv_fast", tile_rows=4)
+    heights = {(4, 1): 4, (8, 1): 8, (12, 1): 4, (16, 16): 16, (64, 32): 16}
+    for block, height in heights.items():
+        thin, thick = replace(THIN, block=block), replace(THIN, block=block, nnz=30000)
+        assert block_for(thin, panel) == (height, 384)
+        assert block_for(thick, panel) == (height, 192)
+        assert block_for(thick, few) == (height, 256)
+
+
+def test_who_asks_for_blocks_gets_the_kernels_own_layout_too():
+    kernels = [kernel("bsell_panel_fast", tile_rows=4), *KERNELS]
+    blocks = replace(THIN, op="conv2d", block=(16, 1))
+    assert choose(blocks, kernels, format="bsr").format == "bsell"
+    linear = replace(blocks, op="linear")
+    times = {"bsell_panel_fast": 3.0, "bsr_spmm_fast": 2.0, "csr_spmm_fast": 1.0, DENSE: 9.0}
+    assert choose(linear, kernels, times, format="bsr").kernel == "bsr_spmm_fast"
+    assert choose(linear, kernels, times).kernel == "csr_spmm_fast"
+    assert choose(linear, kernels, format="bsell").kernel == "bsell_panel_fast"
+
+
 def test_an_unknown_operation_is_refused():
     with pytest.raises(OptionError, match="conv9d"):
         candidates(replace(THIN, op="conv9d"), KERNELS)
@@ -88,6 +110,13 @@ def test_an_unknown_operation_is_refused():
         ({"dtype": "float16"}, {}, "computes float16, the weight is float32"),
         ({"usable": False, "reason": "needs avx512f"}, {}, "needs avx512f"),
         ({"format": "bsr"}, {}, "the zeros do not come in blocks"),
+        ({"format": "bsell"}, {}, "the zeros do not come in blocks"),
+        ({"format": "bsell"}, {"block": (6, 1)}, "the rows of the blocks are no multiple of 4"),
+        (
+            {"format": "bsell"},
+            {"block": (4, 1), "groups": 2},
+            "slices of rows do not keep to groups",
+        ),
         ({"format": "nm"}, {}, "no layer is packed as nm yet"),
         ({}, {"obstacle": "it is odd"}, "it is odd"),
     ],

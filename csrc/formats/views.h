@@ -9,11 +9,12 @@
 
 namespace sparselt {
 
-// The format that parts belong to, by their number and rank: "csr", "bsr" or "sell".
+// The format that parts belong to, by their number and rank: "csr", "bsr", "sell" or "bsell".
 const char* format_of(const Parts& parts);
 
 // `block` is block_rows, block_cols; the weight's flattened shape is rows x cols.
 SparseView as_sparse_view(const Parts& parts, const int64_t* block, int64_t rows, int64_t cols);
+// Of sell and bsell.
 SellView as_sell_view(const Parts& parts, const int64_t* block, int64_t rows, int64_t cols);
 
 }  // namespace sparselt

@@ -14,7 +14,7 @@ struct Weight {
   int64_t rows;
   int64_t cols;
   SparseView view;                             // of csr and bsr
-  SellView sell;                               // of sell
+  SellView sell;                               // of sell and bsell
   std::shared_ptr<const jit::PanelCode> code;  // what sell.code points into
 };
 

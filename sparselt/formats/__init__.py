@@ -8,6 +8,7 @@ from torch import Tensor
 from sparselt.errors import FormatError, explain_mismatch
 from sparselt.formats.base import SparseWeight
 from sparselt.formats.bitmask import Bitmask
+from sparselt.formats.bsell import BSELL
 from sparselt.formats.bsr import BSR
 from sparselt.formats.csr import CSR
 from sparselt.formats.patch8 import Patch8
@@ -15,6 +16,7 @@ from sparselt.formats.sell import SELL
 from sparselt.formats.tile8 import Tile8
 
 __all__ = [
+    "BSELL",
     "BSR",
     "CSR",
     "FORMATS",
@@ -30,6 +32,7 @@ FORMATS: dict[str, type[SparseWeight]] = {
     "csr": CSR,
     "bsr": BSR,
     "sell": SELL,
+    "bsell": BSELL,
     "tile8": Tile8,
     "bitmask": Bitmask,
     "patch8": Patch8,
@@ -52,9 +55,10 @@ def pack(
             convolution; float32, float16 or bfloat16, any strides.
         mask: the same shape, bool or 0/1 valued: what to keep. A kept 0.0 stays stored. None keeps
             every weight that is not 0.
-        format: a key of `FORMATS`. "sell" is for the CPU; "tile8", "bitmask" and "patch8" are
-            for few columns on CUDA.
-        block: (rows, cols) of a block; None means the format's own, which is (4, 1) for "bsr".
+        format: a key of `FORMATS`. "sell" and "bsell" are for the CPU; "tile8", "bitmask" and
+            "patch8" are for few columns on CUDA.
+        block: (rows, cols) of a block, for "sell" and "bsell" of a slice and a block of columns;
+            None means the format's own, which is (4, 1) for "bsr".
 
     Returns:
         The packed weight on the weight's device; nothing of `weight` is shared or changed.

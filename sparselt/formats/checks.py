@@ -21,6 +21,7 @@ __all__ = [
     "check_compressed_indices",
     "check_compressed_lengths",
     "check_fits_int32",
+    "check_on_cpu",
     "check_parts",
     "check_shape",
     "check_values_dtype",
@@ -260,4 +261,17 @@ def check_compressed_indices(crow: Tensor, col: Tensor, cols: int) -> None:
         hint = "sort each row and add up repeated entries"
         raise FormatError(
             explain_mismatch("col_indices", "columns that rise within a row", got, hint)
+        )
+
+
+def check_on_cpu(part: Tensor, format: str) -> None:
+    """Refuses a weight that is not on the CPU, for a format of CPU kernels.
+
+    Raises:
+        DeviceError: it is elsewhere.
+    """
+    if part.is_cuda:
+        hint = "CUDA kernels read other formats: pack the weight with format='csr'"
+        raise DeviceError(
+            explain_mismatch(f"format {format!r}", "a weight on the CPU", part.device, hint)
         )

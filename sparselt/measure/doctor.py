@@ -52,7 +52,7 @@ def self_test(info: KernelInfo) -> str:
         return f"not run here: {info.device}"
     from sparselt.measure.layers import contenders, problem  # needs the extension
 
-    block = (4, 1) if info.format == "bsr" else (1, 1)
+    block = (4, 1) if info.format in ("bsr", "bsell") else (1, 1)
     for op, layer in _SELF_TESTS.items():
         if op not in info.operations:
             continue

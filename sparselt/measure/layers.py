@@ -26,10 +26,11 @@ from torch.nn import functional
 from sparselt import ops
 from sparselt.errors import OptionError, SparseltError
 from sparselt.formats import SparseWeight, pack
+from sparselt.layout import block_for
 from sparselt.measure.machine import cache_bytes, header
 from sparselt.measure.suites import Layer, random_mask, real_mask
 from sparselt.measure.timer import Flush, Timing, interleave, speedup
-from sparselt.plan import Facts, KernelInfo, block_for
+from sparselt.plan import Facts, KernelInfo
 
 __all__ = [
     "SPIN_SECONDS",
@@ -196,7 +197,9 @@ def contenders(
     for info in ops.kernels() if kernels is None else kernels:
         if registry_op not in info.operations or info.device != "cpu":
             continue
-        if info.format == "bsr" and case.block == (1, 1):
+        if info.format in ("bsr", "bsell") and case.block == (1, 1):
+            continue
+        if info.format == "bsell" and case.block[0] % 4:
             continue
         if not info.usable:
             found.append(Contender(info.name, False, lambda: None, 0, absent=info.reason))

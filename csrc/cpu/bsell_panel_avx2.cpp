@@ -1,0 +1,92 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// A panel of y = clamp(W x + bias + residual) for W in rows of blocks, cut into blocks of columns:
+// matrix product or convolution alike. bsell_panel_avx512.cpp tells the method.
+//
+// Sixteen registers allow 12 sums: tiles of 4 rows by 3 registers, two of them beside each other
+// where a panel is wider. A column of the tile costs one offset, 3 loads of x and 4 broadcasts for
+// 12 multiply-adds, which bind. Slow for panels of 16 columns: their 8 sums just hide the
+// multiply-add's latency.
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#include "cpu/target.h"
+#include "kernels.h"
+
+SPARSELT_TARGET_BEGIN("avx2,fma")
+#include "cpu/panel_avx2.h"
+
+namespace sparselt::cpu {
+namespace {
+
+constexpr int kTileRows = 4;
+
+// Rows [first_row, first_row + kTileRows) of a slice, N registers from `first` on.
+template <int NV, int N>
+void multiply_tile(const PanelCall& call, int64_t slice, int64_t first_row, int first,
+                   bool is_first) {
+  const SellView& w = call.weight;
+  __m256 sum[kTileRows][N];
+  SPARSELT_UNROLL
+  for (int r = 0; r < kTileRows; ++r) {
+    SPARSELT_UNROLL
+    for (int i = 0; i < N; ++i) sum[r][i] = _mm256_setzero_ps();
+  }
+  const float* values = w.values + w.slice_steps[slice] * w.slice_height + first_row;
+  const float* x_block = call.x_block + first * kLanes;
+  for (int64_t step = w.slice_steps[slice]; step < w.slice_steps[slice + 1]; ++step) {
+    const float* x = x_block + int64_t{w.columns[step]} * (NV * kPieceLanes);
+    __m256 data[N];
+    SPARSELT_UNROLL
+    for (int i = 0; i < N; ++i) data[i] = _mm256_load_ps(x + i * kLanes);
+    SPARSELT_UNROLL
+    for (int r = 0; r < kTileRows; ++r) {
+      const __m256 value = _mm256_broadcast_ss(values + r);
+      SPARSELT_UNROLL
+      for (int i = 0; i < N; ++i) sum[r][i] = _mm256_fmadd_ps(value, data[i], sum[r][i]);
+    }
+    values += w.slice_height;
+  }
+  const int32_t* rows = w.slice_rows + slice * w.slice_height + first_row;
+  SPARSELT_UNROLL
+  for (int r = 0; r < kTileRows; ++r) {
+    if (rows[r] >= 0) add_to_row<NV>(call, rows[r], first, sum[r], is_first);
+  }
+}
+
+template <int NV>
+void multiply_block(const PanelCall& call, int64_t first_slice, int64_t last_slice, bool is_first,
+                    bool is_last) {
+  constexpr int kTileRegisters = NV == 1 ? 2 : NV;
+  const int64_t height = call.weight.slice_height;
+  for (int64_t slice = first_slice; slice < last_slice; ++slice) {
+    for (int64_t row = 0; row < height; row += kTileRows) {
+      for (int first = 0; first < 2 * NV; first += kTileRegisters) {
+        multiply_tile<NV, kTileRegisters>(call, slice, row, first, is_first);
+      }
+    }
+    if (!is_last) continue;
+    const int32_t* rows = call.weight.slice_rows + slice * height;
+    for (int64_t r = 0; r < height; ++r) {
+      if (rows[r] >= 0) store_row<NV>(call, rows[r]);
+    }
+  }
+}
+
+}  // namespace
+
+void bsell_panel_avx2(const PanelCall& call, Range sections) {
+  switch (call.panel.vectors) {
+    case 1:
+      return multiply_panel<1, multiply_block<1>>(call, sections);
+    case 2:
+      return multiply_panel<2, multiply_block<2>>(call, sections);
+    default:
+      return multiply_panel<3, multiply_block<3>>(call, sections);
+  }
+}
+
+}  // namespace sparselt::cpu
+SPARSELT_TARGET_END
+
+#endif  // __x86_64__
