@@ -10,6 +10,7 @@ nodes in torch.
 from __future__ import annotations
 
 import itertools
+import math
 import operator
 import threading
 import time
@@ -31,7 +32,7 @@ SEGMENT = "sparselt_segment"
 
 # Programs kept by a segment; the oldest goes when one more is made.
 _MAX_PROGRAMS = 32
-# Runs of this length scatter little: one of each kind tells which is faster.
+# A run of this length on all threads is longer on one: there is nothing to choose.
 _LONG_RUN_US = 1000.0
 _ROUNDS = 7
 # Steps that return their operand's memory: what is written to them is written to it.
@@ -128,16 +129,16 @@ class _Program:
 
     def _choose_threads(self, values: Sequence[Any]) -> None:
         """Runs on one thread where that is faster: waking another costs microseconds."""
-        best: dict[bool, float] = {}
+        self(values)  # touches the arena for the first time, which is slow
+        best = {True: math.inf, False: math.inf}
         for _ in range(_ROUNDS):
-            for parallel in (True, False):
+            for parallel in best:
                 self.native.set_parallel(parallel)
                 begin = time.perf_counter_ns()
                 self(values)
-                us = (time.perf_counter_ns() - begin) / 1e3
-                best[parallel] = min(us, best.get(parallel, us))
-            if min(best.values()) > _LONG_RUN_US:
-                break
+                best[parallel] = min(best[parallel], (time.perf_counter_ns() - begin) / 1e3)
+                if best[True] > _LONG_RUN_US:
+                    return
         self.native.set_parallel(best[True] < best[False])
 
 
