@@ -261,3 +261,23 @@ if os.fork() == 0:
 assert os.wait()[1] == 0
 """
     in_a_process(script)
+
+
+@needs_kernel
+def test_a_compiled_program_runs_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPARSELT_KERNEL", KERNEL)
+    dense = nn.Sequential(nn.Conv2d(3, 40, 3, padding=1), nn.ReLU(), nn.Conv2d(40, 35, 1)).eval()
+    generator = torch.Generator().manual_seed(4)
+    for layer in (dense[0], dense[2]):
+        layer.weight.data[torch.rand(layer.weight.shape, generator=generator) < 0.7] = 0.0
+    x = torch.randn(3, 3, 20, 20, generator=generator)
+    with torch.inference_mode():
+        expected = dense(x)
+        program = sparselt.compile(dense, (x,))
+        assert {row.kernel for row in sparselt.explain(program)} == {KERNEL}
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            torch.testing.assert_close(program(x), expected)
+        torch.testing.assert_close(
+            program(x[:1].repeat(5, 1, 1, 1)), dense(x[:1]).repeat(5, 1, 1, 1)
+        )
