@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -33,6 +33,8 @@ Bucket = tuple[tuple[int, ...], ...]
 
 # A network this many times as slow all dense needs no second look.
 _CLEAR = 1.5
+# Nor does one whose layers took so many times as long dense, each by itself.
+_CLEAR_LAYERS = 2.0
 
 
 @dataclass
@@ -131,6 +133,8 @@ class Family:
         sparse = [row for row in lowered.rows if row.kernel != DENSE]
         if known is not None or not sparse or self.tuner.is_forced:
             return planned
+        if _gains_clearly(lowered.plans.values()):
+            return planned
         # Not kept unless it wins: its weights are dense.
         packed: dict[tuple[Any, ...], Any] = {}
         dense = self._lower(leaves, self.tuner.dense(), packed, None)
@@ -191,6 +195,18 @@ class Family:
         if spec == pytree.tree_structure(torch.empty(0)):
             run = lambda leaves: forward(*kept, *leaves)[0]  # noqa: E731
         return Planned(lowered, module, kept, graphed(run, leaves), plans=lowered.plans)
+
+
+def _gains_clearly(plans: Iterable[Plan]) -> bool:
+    """Whether the layers' own times leave no doubt about the whole; measuring it takes a while."""
+    dense_us = chosen_us = 0.0
+    for plan in plans:
+        if plan.dense_us is not None:
+            dense_us += plan.dense_us
+            chosen_us += plan.dense_us if plan.is_dense else plan.sparse_us or 0.0
+        elif not plan.is_dense:
+            return False
+    return dense_us > _CLEAR_LAYERS * chosen_us
 
 
 def _is_clearly_first(calls: Mapping[str, Callable[[], object]]) -> bool:

@@ -11,15 +11,17 @@ import sparselt
 from sparselt.plan import DENSE
 
 
-def favour(monkeypatch, whole):
-    """Each layer is measured faster sparse; of the two whole networks, the one that is named."""
+def favour(monkeypatch, whole, layer_us=1.5):
+    """Each layer is measured faster sparse, `layer_us` dense against little more than 1; of the two
+    whole networks, the one that is named.
+    """
     torch.set_num_threads(1)
     monkeypatch.setattr("sparselt.family._is_clearly_first", lambda calls: False)
 
     def measure(calls, **_):
         if "planned" in calls:
             return {name: 1.0 if name == whole else 2.0 for name in calls}
-        return {name: 100.0 if name == DENSE else float(i) for i, name in enumerate(calls, 1)}
+        return {name: layer_us if name == DENSE else 1 + i / 100 for i, name in enumerate(calls)}
 
     monkeypatch.setattr("sparselt.tune.measure", measure)
 
@@ -43,6 +45,14 @@ def test_the_faster_whole_runs_and_the_explanation_says_so(monkeypatch, whole):
     for batch in (1, 2, 9):
         x = input_for("residual", batch)
         torch.testing.assert_close(program(x), model(x).detach(), rtol=1e-3, atol=1e-4)
+
+
+def test_a_network_whose_layers_gain_clearly_is_not_measured_again(monkeypatch):
+    favour(monkeypatch, "all dense", layer_us=3.0)
+    program = sparselt.compile(make("residual"), input_for("residual", 2))
+    explanation = sparselt.explain(program)
+    assert {row.kernel == DENSE for row in explanation} == {False}
+    assert not [note for note in explanation.notes if "whole" in note]
 
 
 def test_a_network_without_sparse_layers_is_not_measured_twice(monkeypatch):
