@@ -21,7 +21,8 @@ from sparselt.errors import OptionError, explain_mismatch
 from sparselt.facts import LAYER_OPS
 from sparselt.nn import SPARSE_LAYERS, SparseLayer
 from sparselt.packed import accept_packed_keys
-from sparselt.plan import FORMAT_CHOICES, Plan
+from sparselt.plan import FORMAT_CHOICES, SEMI_STRUCTURED, Plan
+from sparselt.semi_structured import SemiStructuredLinear
 from sparselt.tune import Tuner
 
 __all__ = ["PLAN_ATTRIBUTE", "Prepared", "as_call", "convert", "densify", "prepare"]
@@ -66,8 +67,9 @@ def convert(model: nn.Module, example_inputs: Any = None, format: str = "auto") 
             dictionary of keyword arguments. The shapes that reach each layer are recorded, and
             dense and sparse are timed on them. None times linear layers at batch 1 and lets a rule
             decide about convolutions.
-        format: "auto" (whatever is fastest, dense included), "csr" or "bsr" (used wherever a layer
-            has zeros and a kernel applies, faster or not) or "dense" (swaps nothing).
+        format: "auto" (whatever is fastest, dense included), another one of
+            `sparselt.plan.FORMAT_CHOICES` (used wherever a layer has zeros and a kernel applies,
+            faster or not) or "dense" (swaps nothing).
 
     Returns:
         The copy, in eval mode. `sparselt.explain` says what became of each layer and why.
@@ -126,7 +128,8 @@ def densify(model: nn.Module) -> nn.Module:
     Returns:
         The model; its dense counterpart if it is itself a sparse layer.
     """
-    sparse = [module for module in model.modules() if isinstance(module, SparseLayer)]
+    kinds = (SparseLayer, SemiStructuredLinear)
+    sparse = [module for module in model.modules() if isinstance(module, kinds)]
     return _replace(model, {layer: layer.to_dense() for layer in sparse})
 
 
@@ -246,14 +249,24 @@ def _swap(prepared: Prepared, plans: Mapping[nn.Module, Plan]) -> nn.Module:
             setattr(layer, PLAN_ATTRIBUTE, plan)
             accept_packed_keys(layer)
             continue
+        if plan.format == SEMI_STRUCTURED:
+            assert isinstance(layer, nn.Linear)
+            halved = SemiStructuredLinear(layer, plan, prepared.masks.get(layer))
+            accept_packed_keys(halved)
+            swapped[layer] = _with_hooks(halved, layer)
+            continue
         sparse = SPARSE_LAYERS[type(layer)](layer, plan, prepared.masks.get(layer))
         # Layers tied to one weight stay tied.
         tie = (id(layer.weight), plan.format, plan.block)
         sparse.weight = shared.setdefault(tie, sparse).weight
-        for name in _HOOKS:
-            setattr(sparse, name, getattr(layer, name))
-        swapped[layer] = sparse
+        swapped[layer] = _with_hooks(sparse, layer)
     return _replace(prepared.model, swapped)
+
+
+def _with_hooks(made: nn.Module, layer: nn.Module) -> nn.Module:
+    for name in _HOOKS:
+        setattr(made, name, getattr(layer, name))
+    return made
 
 
 def _replace(model: nn.Module, by: Mapping[nn.Module, nn.Module]) -> nn.Module:

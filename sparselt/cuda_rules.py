@@ -12,6 +12,7 @@ import math
 from sparselt.registry import Facts, KernelInfo
 
 __all__ = [
+    "BLOCK_FORMATS",
     "FEW_COLUMNS_FORMATS",
     "SEMI_STRUCTURED",
     "pays_below",
@@ -21,8 +22,14 @@ __all__ = [
 ]
 
 # Formats whose kernels read the weight once for every tile of columns, and so are for few of them.
-FEW_COLUMNS_FORMATS = ("tile8", "bitmask")
-_FEW_TILES = 8
+FEW_COLUMNS_FORMATS = ("tile8", "patch8", "bitmask")
+_FEW_COLUMNS = 64
+# From this density on a bit a position takes less than a byte a weight.
+_BITS_FROM = 0.3
+# Tensor cores multiply 8 columns at a time: with more, patch8 leaves tile8 behind.
+_TENSOR_COLUMNS = 8
+
+BLOCK_FORMATS = ("bsr", "bsr_nhwc")
 
 # Torch's own 2:4 product: a candidate beside the registry's kernels, as dense is.
 SEMI_STRUCTURED = "semi_structured"
@@ -45,17 +52,18 @@ _PAYS_BELOW = {
     ("rows", "float32"): 0.1,
     ("rows", "half"): 0.02,
 }
+# A bit a position and the value: as many bytes as dense from 0.94 on in 16 bits, 0.97 in float32.
+_BITS_PAY_BELOW = 0.45
 # Blocks with a side below this leave most of a tensor-core tile empty.
 _FULL_BLOCK = 16
 
 
 def refusal(facts: Facts, kernel: KernelInfo) -> str:
     """Why a CUDA kernel is not for a product with this many columns; empty if it is."""
-    most = _FEW_TILES * kernel.tile_columns
     if kernel.format not in FEW_COLUMNS_FORMATS:
         return ""
-    few = facts.columns is not None and facts.columns <= most
-    return "" if few else f"is for at most {most} columns"
+    few = facts.columns is not None and facts.columns <= _FEW_COLUMNS
+    return "" if few else f"is for at most {_FEW_COLUMNS} columns"
 
 
 def preference(facts: Facts, format: str) -> int:
@@ -63,7 +71,13 @@ def preference(facts: Facts, format: str) -> int:
 
     Formats for blocks and for few columns apply only where the layer has them.
     """
-    order = ["bsr", *FEW_COLUMNS_FORMATS, *([SEMI_STRUCTURED] if _halves_pay(facts) else []), "csr"]
+    halves = [SEMI_STRUCTURED] if _halves_pay(facts) else []
+    few = ["tile8", "patch8", "bitmask"]
+    if facts.density >= _BITS_FROM:
+        few.reverse()
+    elif (facts.columns or 0) > _TENSOR_COLUMNS:
+        few = ["patch8", "tile8", "bitmask"]
+    order = [*BLOCK_FORMATS, *few, *halves, "csr"]
     return order.index(format) if format in order else len(order)
 
 
@@ -72,7 +86,9 @@ def pays_below(facts: Facts, format: str) -> float:
     if format == SEMI_STRUCTURED:
         return 1.0 if _halves_pay(facts) else 0.0
     kind = "few" if format in FEW_COLUMNS_FORMATS else "rows"
-    if format == "bsr" and (facts.dtype == "float32" or min(facts.block) >= _FULL_BLOCK):
+    if format == "bitmask":
+        return _BITS_PAY_BELOW
+    if format in BLOCK_FORMATS and (facts.dtype == "float32" or min(facts.block) >= _FULL_BLOCK):
         kind = "blocks"
     return _PAYS_BELOW[kind, "half" if facts.dtype in _HALF_TYPES else "float32"]
 

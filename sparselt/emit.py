@@ -69,7 +69,7 @@ def _layer(build: Builder, node: fx.Node) -> Shaped:
     if len(x.shape) != axes + 2:
         raise NotNativeError("an input without batch")
     lifted = [*x.shape[:2], *[1] * (2 - axes), *x.shape[2:]]
-    geometry, meta = layer.geometry(), layer.lifted_meta
+    geometry, meta = layer.geometry(), layer.weight.lifted_meta
     shape = conv_shape(torch.empty(lifted, device="meta"), meta, *geometry[:3])
     y = build.new((*shape[:2], *shape[4 - axes :]))
     given_conv = ([x.number, other, y.number], lifted, parts, meta, bias)

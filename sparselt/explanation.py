@@ -16,6 +16,7 @@ from sparselt.errors import OptionError, explain_mismatch
 from sparselt.facts import LAYER_OPS
 from sparselt.nn import SparseLayer
 from sparselt.plan import DENSE, Plan
+from sparselt.semi_structured import SemiStructuredLinear
 
 __all__ = ["Explainable", "Explanation", "Row", "explain", "remember", "row_of"]
 
@@ -210,17 +211,21 @@ def row_of(name: str, module: nn.Module) -> Row | None:
     weight = getattr(module, "weight", None)
     if op is None or not isinstance(weight, Tensor):
         return None
-    kept = int(weight.count_nonzero()) / max(1, weight.numel())
+    if isinstance(module, SemiStructuredLinear):
+        kept, kernel = module.density, module.kernel
+    else:
+        kept, kernel = int(weight.count_nonzero()) / max(1, weight.numel()), ""
     known = getattr(module, PLAN_ATTRIBUTE, None)
     if not isinstance(known, Plan):
         return Row(name, op, tuple(weight.shape), kept, DENSE, DENSE, "dense: not converted")
+    kernel = kernel or known.kernel
     return Row(
         name,
         op,
         tuple(weight.shape),
         kept,
-        DENSE,
-        DENSE,
+        known.format if kernel == known.kernel else DENSE,
+        kernel,
         known.reason,
         known.dense_us,
         known.sparse_us,

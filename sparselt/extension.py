@@ -129,7 +129,9 @@ _SERVED = served()
 
 
 # Slice heights of the kernels that run generated code.
-_CODE_HEIGHTS = frozenset(k.tile_rows for k in kernels() if k.op == "code" and k.usable)
+_CODE_HEIGHTS = frozenset(
+    entry["tile_rows"] for entry in _C.kernels() if entry["op"] == "code" and entry["usable"]
+)
 
 
 def watch(parts: Sequence[Tensor], block_rows: int) -> None:
@@ -175,6 +177,8 @@ def _format_of(parts: Sequence[Tensor]) -> str:
         return "sell" if parts[-1].dim() == 1 else "bsell"
     if len(parts) == 4:
         return {1: "patch8", 2: "tile8"}.get(parts[2].dim(), "bitmask")
+    if parts[1].dim() == 2:
+        return "bsr_nhwc"
     return "csr" if parts[-1].dim() == 1 else "bsr"
 
 
@@ -287,7 +291,8 @@ def _fake_conv2d(
     upper: float | None,
     kernel: str,
 ) -> Tensor:
-    return x.new_empty(conv_shape(x, meta, stride, padding, dilation))
+    y = x.new_empty(conv_shape(x, meta, stride, padding, dilation))
+    return y.to(memory_format=torch.channels_last) if _format_of(parts) == "bsr_nhwc" else y
 
 
 def _fake_out(*arguments: object) -> None:

@@ -16,7 +16,7 @@ from sparselt.errors import KernelError, OptionError, explain_mismatch
 from sparselt.packed import zero_block
 from sparselt.plan import DENSE, Candidate, Facts, KernelInfo, Plan, candidates
 
-__all__ = ["LAYER_OPS", "facts_of", "forced_kernel", "sparse_plan"]
+__all__ = ["LAYER_OPS", "facts_of", "forced_kernel", "is_two_of_four", "sparse_plan"]
 
 # The layers that have a sparse counterpart, and the operation each is.
 LAYER_OPS: dict[type[nn.Module], str] = {
@@ -55,13 +55,23 @@ def facts_of(module: nn.Module, kept: Tensor, columns: int | None = None) -> Fac
                 groups=int(getattr(module, "groups", 1)),
                 device=weight.device.type,
                 dtype=str(weight.dtype).removeprefix("torch."),
-                two_of_four=weight.is_cuda and _is_two_of_four(kept),
+                two_of_four=weight.is_cuda and is_two_of_four(kept),
             )
     kinds = ", ".join(kind.__name__ for kind in LAYER_OPS)
     raise OptionError(explain_mismatch("module", f"one of {kinds}", type(module).__name__))
 
 
-def _is_two_of_four(kept: Tensor) -> bool:
+def is_two_of_four(kept: Tensor) -> bool:
+    """Whether of each four weights of a row, in order, at most two are kept.
+
+    Args:
+        kept: bool; any other shape than (M, K) with K a multiple of 4 is not.
+
+    Example:
+        >>> import torch
+        >>> is_two_of_four(torch.tensor([[True, False, True, False]]))
+        True
+    """
     if kept.dim() != 2 or kept.shape[1] % 4 or not kept.numel():
         return False
     return int(kept.reshape(-1, 4).sum(1).max()) <= 2

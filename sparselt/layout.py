@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 
+from sparselt.cuda_rules import BLOCK_FORMATS
 from sparselt.registry import Facts, KernelInfo
 
 __all__ = ["block_for"]
@@ -49,7 +50,7 @@ def block_for(facts: Facts, kernel: KernelInfo) -> tuple[int, int]:
         few = density < _BLOCK_ROW_SPARSE_BELOW
         return (height, _SPARSE_BLOCK_ROW_COLS if few else _BLOCK_ROW_COLS)
     if kernel.format != "sell":
-        return block if kernel.format == "bsr" else (1, 1)
+        return block if kernel.format in BLOCK_FORMATS else (1, 1)
     height, cols = _ANY_HEIGHT, _SPARSE_BLOCK_COLS if density < _SPARSE_BELOW else _BLOCK_COLS
     if kernel.op == "spmv":
         height, cols = _SPMV_HEIGHT, min(row, _SPMV_BLOCK_COLS)

@@ -26,8 +26,9 @@ from sparselt.explanation import Row, row_of
 from sparselt.fuse import Fusion, argument, fold_batch_norm, follow, is_mutating
 from sparselt.layers import Constants, GraphLayer, read_layer, set_weights
 from sparselt.nn import SPARSE_LAYERS, SparseConv2d, SparseLayer, SparseLinear
-from sparselt.plan import DENSE, Plan
+from sparselt.plan import SEMI_STRUCTURED, Plan
 from sparselt.pooling import max_pool_step
+from sparselt.semi_structured import SemiStructuredLinear
 from sparselt.tune import Tuner
 
 __all__ = ["Lowered", "lower"]
@@ -207,15 +208,16 @@ class _Lowering:
         fused = fusion.describe()
         if fused:
             plan = replace(plan, reason=f"{plan.reason}; with {fused}")
-        if not plan.is_dense:
+        halved = plan.format == SEMI_STRUCTURED
+        if not plan.is_dense and not halved:
             sparse = self.sparse(layer, plan, fusion)
             self.replace(layer, fusion, _bind(sparse, _direct(layer)), sparse)
             row = row_of(name, sparse)
         else:
             setattr(layer.module, PLAN_ATTRIBUTE, plan)
             row = row_of(name, layer.module)
-            if fused or isinstance(layer.node.target, torch._ops.OpOverload):
-                self.replace(layer, fusion, *self.dense(layer, fusion))
+            if fused or halved or isinstance(layer.node.target, torch._ops.OpOverload):
+                self.replace(layer, fusion, *self.dense(layer, plan, fusion))
             else:
                 self.done.add(layer.node)
                 self.calls[layer.node] = len(self.rows)
@@ -251,11 +253,17 @@ class _Lowering:
         sparse.kernel, sparse.plan = plan.kernel, plan
         return sparse
 
-    def dense(self, layer: GraphLayer, fusion: Fusion) -> tuple[Callable[..., Tensor], DenseStep]:
+    def dense(
+        self, layer: GraphLayer, plan: Plan, fusion: Fusion
+    ) -> tuple[Callable[..., Tensor], DenseStep]:
         """Torch's own operator with the batch norm folded, and the rest done in place after it."""
-        key = (layer.node.name, DENSE)
+        key = (layer.node.name, plan.format)
         if key not in self.packed:
-            self.packed[key] = _folded(layer, fusion)
+            module = _folded(layer, fusion)
+            if plan.format == SEMI_STRUCTURED:
+                assert isinstance(module, nn.Linear)
+                module = SemiStructuredLinear(module, plan)
+            self.packed[key] = module
         step = DenseStep(self.packed[key], fusion.lower, fusion.upper)
         return _bind_dense(step), step
 
@@ -281,7 +289,7 @@ class _Lowering:
     def pool(self, node: fx.Node) -> None:
         """Rewrites a max pooling where shifted maxima are faster than torch's."""
         step = max_pool_step(node)
-        if step is None:
+        if step is None or argument(node, 0, "input").meta["val"].device.type != "cpu":
             return
         source, target, rest = argument(node, 0, "input"), node.target, node.args[1:]
         kwargs = {name: value for name, value in node.kwargs.items() if name != "input"}
@@ -358,6 +366,8 @@ def _bind_dense(dense: DenseStep) -> Callable[..., Tensor]:
     module, lower, upper = dense.module, dense.lower, dense.upper
     weight, bias = _weights(module)
     operator: Any = F.linear
+    if isinstance(module, SemiStructuredLinear):
+        operator = lambda x, *_: module.forward(x)  # noqa: E731
     geometry: tuple[Any, ...] = ()
     if isinstance(module, (nn.Conv1d, nn.Conv2d)):
         operator = torch.conv1d if isinstance(module, nn.Conv1d) else torch.conv2d

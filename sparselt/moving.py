@@ -14,7 +14,7 @@ from typing import ClassVar, Protocol
 from torch import Tensor
 
 from sparselt import ops
-from sparselt.cuda_rules import FEW_COLUMNS_FORMATS
+from sparselt.cuda_rules import BLOCK_FORMATS, FEW_COLUMNS_FORMATS
 from sparselt.errors import KernelError
 from sparselt.facts import sparse_plan
 from sparselt.packed import PackedWeight, zero_block
@@ -70,7 +70,7 @@ def _by_rule(place: Place, layer: Movable, weight: PackedWeight) -> Plan:
     reason = f"moved to {' in '.join(filter(None, place))} after planning"
     if device not in _PLANNED or (device == "cuda" and dtype not in _COMPUTED):
         # Torch computes float64 on the dense weight, and a meta tensor not at all.
-        portable = "csr" if weight.format in ("sell", *FEW_COLUMNS_FORMATS) else weight.format
+        portable = weight.format if weight.format in ("csr", "bsr") else "csr"
         block = weight.block if portable == weight.format else (1, 1)
         if portable == "bsell":
             portable, block = "bsr", (weight.block[0], 1)
@@ -82,13 +82,14 @@ def _by_rule(place: Place, layer: Movable, weight: PackedWeight) -> Plan:
         int(mask.sum()),
         # A kernel for few columns tells that there are few.
         columns=1 if _is_for_few(layer.kernel, weight.format) else None,
-        block=weight.block if weight.format == "bsr" else zero_block(mask, device),
+        block=weight.block if weight.format in BLOCK_FORMATS else zero_block(mask, device),
         groups=int(getattr(layer, "groups", 1)),
         device=device,
         dtype=dtype or "float32",
     )
-    found = [c for c in candidates(facts, ops.kernels()) if c.applies]
-    kept = any((c.format, c.block) == (weight.format, weight.block) for c in found)
+    found = [(c.format, c.block) for c in candidates(facts, ops.kernels()) if c.applies]
+    # Any pattern is right for compressed rows; another format was chosen for the pattern.
+    kept = weight.format != "csr" and (weight.format, weight.block) in found
     try:
         plan = sparse_plan(facts, weight.format if kept else "auto")
     except KernelError as error:

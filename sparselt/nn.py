@@ -311,7 +311,6 @@ class _SparseConv(SparseLayer):
         self.pad_first: list[int] | None = None if even else around
         # The operator's view: a conv1d is a conv2d of height 1.
         lift = [1] * (2 - len(before))
-        self.lifted_meta = [*self.weight.meta()[:4], *lift, *self.weight.shape[2:]]
         self._stride = [*lift, *self.stride]
         self._padding = [0] * len(lift) + (before if even else [0] * len(before))
         self._dilation = [*lift, *self.dilation]
@@ -344,15 +343,13 @@ class _SparseConv(SparseLayer):
 
     def _convolve(self, input: Tensor, parts: list[Any], bias: Tensor | None) -> Tensor:
         """The operator call on a batched input of the right channels."""
-        geometry = (self._stride, self._padding, self._dilation)
+        geometry, meta = (self._stride, self._padding, self._dilation), self.weight.lifted_meta
         end = (*geometry, self.groups, self.lower, self.upper, self.kernel)
         try:
-            result: Tensor = _CONV2D(input, parts, self.lifted_meta, bias, None, *end)
+            result: Tensor = _CONV2D(input, parts, meta, bias, None, *end)
         except RuntimeError:
             # Looked at after the fact, because a check before would bound symbolic sizes.
-            reach = [
-                d * (taps - 1) for d, taps in zip(self._dilation, self.lifted_meta[4:], strict=True)
-            ]
+            reach = [d * (taps - 1) for d, taps in zip(self._dilation, meta[4:], strict=True)]
             if all(input.size(2 + i) + 2 * self._padding[i] > reach[i] for i in (0, 1)):
                 raise
             expected = f"a padded size of at least the kernel's reach ({self.kernel_size} taps)"

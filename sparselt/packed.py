@@ -44,6 +44,7 @@ class PackedWeight(nn.Module):
         format: key of `sparselt.formats.FORMATS`.
         shape: the logical dense shape.
         block: (rows, cols); (1, 1) for a format without blocks.
+        lifted_meta: `meta()` of the filters as those of a conv2d, of height 1 where they have none.
 
     Example:
         >>> import torch
@@ -55,6 +56,7 @@ class PackedWeight(nn.Module):
     format: str
     shape: tuple[int, ...]
     block: tuple[int, int]
+    lifted_meta: list[int]
     _meta: list[int]
     _nnz: int
 
@@ -65,6 +67,7 @@ class PackedWeight(nn.Module):
     def _adopt(self, packed: SparseWeight) -> None:
         self.format, self.shape, self.block = packed.name, packed.shape, packed.block
         self._meta, self._nnz = packed.meta(), packed.nnz
+        self.lifted_meta = [*self._meta[:4], *[1] * (4 - len(self.shape)), *self._meta[4:]]
         # Not register_buffer, which asks for the name as an attribute first: see __getattr__.
         self._buffers.update(zip(packed.part_names, packed.parts(), strict=True))
         watch(self.parts(), self.block[0])
@@ -334,8 +337,9 @@ def zero_block(kept: Tensor, device: str = "") -> tuple[int, int]:
         >>> zero_block(torch.eye(4).repeat_interleave(4, 0) > 0)
         (4, 1)
     """
-    matrix = kept.flatten(1)
     device = device or kept.device.type
+    # A convolution's blocks on CUDA are of channels, under one tap each.
+    matrix = (kept.flatten(2).mT if device == "cuda" and kept.dim() > 2 else kept).flatten(1)
     rows, cols = matrix.shape
     kept_count = int(matrix.sum())
     zeros = matrix.numel() - kept_count

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from sparselt import cuda_rules
-from sparselt.cuda_rules import SEMI_STRUCTURED
+from sparselt.cuda_rules import BLOCK_FORMATS, SEMI_STRUCTURED
 from sparselt.errors import KernelError, OptionError
 from sparselt.layout import block_for
 from sparselt.registry import Facts, KernelInfo
@@ -32,7 +32,8 @@ __all__ = [
 ]
 
 DENSE = "dense"
-FORMAT_CHOICES = ("auto", "csr", "bsr", "sell", "bsell", "tile8", SEMI_STRUCTURED, DENSE)
+_CUDA_FORMATS = ("tile8", "patch8", "bitmask", "bsr_nhwc", SEMI_STRUCTURED)
+FORMAT_CHOICES = ("auto", "csr", "bsr", "sell", "bsell", *_CUDA_FORMATS, DENSE)
 
 # Which kernels of the registry serve an operation: linear is spmm, conv1d is conv2d with H = 1.
 _KERNEL_OP = {"spmm": "spmm", "linear": "spmm", "conv1d": "conv2d", "conv2d": "conv2d"}
@@ -211,7 +212,7 @@ def _refusal(facts: Facts, kernel: KernelInfo) -> str:
         return f"runs on {kernel.device}, the layer is on {facts.device}"
     if kernel.dtype != facts.dtype:
         return f"computes {kernel.dtype}, the weight is {facts.dtype}"
-    if kernel.format in ("bsr", "bsell") and facts.block == (1, 1):
+    if kernel.format in (*BLOCK_FORMATS, "bsell") and facts.block == (1, 1):
         return "the zeros do not come in blocks"
     if kernel.format == "bsell" and facts.block[0] % 4:
         return "the rows of the blocks are no multiple of 4"

@@ -28,10 +28,10 @@ import torch
 from torch import Tensor, nn
 
 from sparselt import ops
+from sparselt.candidate_calls import CandidateCalls
 from sparselt.cuda_timer import measure_on_cuda
 from sparselt.extension import build_id
 from sparselt.facts import facts_of, forced_kernel
-from sparselt.nn import SPARSE_LAYERS, SparseLayer
 from sparselt.plan import (
     DENSE,
     Candidate,
@@ -211,7 +211,7 @@ class Tuner:
         facts = replace(facts_of(module, kept, _columns(module, inputs)), obstacle=obstacle)
         if self.format == "bsr" and facts.block == (1, 1):
             facts = replace(facts, block=(4, 1))
-        kernels, forced = ops.kernels(), forced_kernel()
+        kernels, forced = ops.kernels(max(weight.get_device(), 0)), forced_kernel()
         pool = self.worth_timing(candidates(facts, kernels), kernels)
         if not inputs or not pool or facts.density == 1 or forced or self.format == DENSE:
             return choose(facts, kernels, None, format=self.format, forced=forced)
@@ -328,12 +328,10 @@ class Tuner:
     ) -> tuple[dict[str, float], bool]:
         """The times of all candidates, dense included, and whether they are to be trusted."""
         total = dict.fromkeys([DENSE, *(c.kernel for c in pool)], 0.0)
-        layers = {(c.format, c.block): _layer(module, mask, c) for c in pool}
+        made = CandidateCalls(module, mask, pool)
         settled = True
         for x in inputs:
-            calls: dict[str, Callable[[], object]] = {DENSE: _dense_call(module, x)}
-            for item in pool:
-                calls[item.kernel] = _sparse_call(layers[item.format, item.block], item.kernel, x)
+            calls = made.on(x)
             spent: dict[str, list[float]] = {}
             if x.is_cuda:
                 times = measure_on_cuda(calls, [x], self._is_cold_on(x.device))
@@ -342,7 +340,8 @@ class Tuner:
                 times = measure(calls, prepare=prepare, spent=spent)
             for name, us in times.items():
                 total[name] += us
-            settled = settled and _is_settled(list(spent.values()))
+            finite = all(map(math.isfinite, times.values()))
+            settled = settled and finite and _is_settled(list(spent.values()))
         return total, settled
 
     def _is_cold_on(self, device: torch.device) -> bool:
@@ -379,22 +378,3 @@ def _columns(module: nn.Module, inputs: Sequence[Tensor]) -> int | None:
         reach = module.dilation[i] * (module.kernel_size[i] - 1) + 1
         columns *= (size + around[2 * i] + around[2 * i + 1] - reach) // module.stride[i] + 1
     return columns
-
-
-def _layer(module: nn.Module, mask: Tensor | None, item: Candidate) -> SparseLayer:
-    kind = next(sparse for dense, sparse in SPARSE_LAYERS.items() if isinstance(module, dense))
-    return kind(module, Plan(item.kernel, item.format, "", block=item.block), mask)
-
-
-def _dense_call(module: nn.Module, x: Tensor) -> Callable[[], object]:
-    """Torch's operator: `forward` of these layers is F.linear or F.conv and nothing else."""
-    forward = module.forward
-    return lambda: forward(x)
-
-
-def _sparse_call(layer: SparseLayer, kernel: str, x: Tensor) -> Callable[[], object]:
-    def call() -> object:
-        layer.kernel = kernel
-        return layer.forward(x)
-
-    return call

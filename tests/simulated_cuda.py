@@ -22,6 +22,8 @@ import torch
 from cuda_host import Host
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.sparse import SparseSemiStructuredTensor, SparseSemiStructuredTensorCUTLASS
+from torch.sparse._semi_structured_conversions import sparse_semi_structured_to_dense_cutlass
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -35,6 +37,23 @@ __all__ = ["Gpu", "SimulatedGraphs", "SimulatedTensor", "simulated_cuda"]
 aten = torch.ops.aten
 # What takes tensors of two devices.
 _CROSSING = {aten._to_copy.default, aten.copy_.default, aten.index.Tensor, aten.index_put_.default}
+
+
+def product_of_halves(
+    x: Tensor,
+    packed: Tensor,
+    meta: Tensor,
+    bias: Tensor | None,
+    rows: int,
+    least_rows: int,
+    least_cols: int,
+    transposed: bool,
+) -> Tensor:
+    """Torch's semi_structured::cutlass_mm, which it has for CUDA alone."""
+    dense = sparse_semi_structured_to_dense_cutlass(packed, meta).double()
+    y = dense @ (x.t() if transposed else x).double()
+    y = (y if bias is None else y + bias[:, None]).to(x.dtype)
+    return y.t().contiguous() if transposed else y
 
 
 class SimulatedTensor(Tensor):
@@ -59,34 +78,22 @@ class SimulatedTensor(Tensor):
             nn.Parameter(copied, self.requires_grad) if isinstance(self, nn.Parameter) else copied
         )
 
-    # These of torch's ask the CUDA library for its device first.
-    def __int__(self) -> int:
-        return int(self.values)
-
-    def __float__(self) -> float:
-        return float(self.values)
-
-    def __bool__(self) -> bool:
-        return bool(self.values)
-
-    def item(self) -> Any:
-        return self.values.item()
-
-    def tolist(self) -> Any:
-        return self.values.tolist()
-
-    def copy_(self, source: Tensor, non_blocking: bool = False) -> SimulatedTensor:
-        self.values.copy_(inside(source))
-        return self
-
-    def nonzero(self) -> SimulatedTensor:
-        return SimulatedTensor(self.values.nonzero(), self.device)
-
-    def __getitem__(self, index: Any) -> SimulatedTensor:
-        return SimulatedTensor(self.values[inside(index)], self.device)
-
-    def __setitem__(self, index: Any, value: Any) -> None:
-        self.values[inside(index)] = inside(value)
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        try:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        except RuntimeError as error:
+            # What asks the CUDA library for its device before it calls an operator.
+            if "not linked with support for cuda" not in str(error):
+                raise
+        leaves = pytree.tree_leaves((args, kwargs))
+        device = next(leaf.device for leaf in leaves if isinstance(leaf, SimulatedTensor))
+        result = func(*inside(tuple(args)), **inside(kwargs))
+        return pytree.tree_map_only(Tensor, lambda t: SimulatedTensor(t, device), result)
 
     @classmethod
     def __torch_dispatch__(
@@ -117,6 +124,11 @@ class Gpu(TorchDispatchMode):
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
         kwargs = dict(kwargs or {})
+        if any(issubclass(kind, SparseSemiStructuredTensor) for kind in types):
+            with self:
+                return SparseSemiStructuredTensorCUTLASS.__torch_dispatch__(
+                    func, types, args, kwargs
+                )
         tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         simulated = [tensor for tensor in tensors if isinstance(tensor, SimulatedTensor)]
         target = torch.device(kwargs["device"]) if kwargs.get("device") is not None else None
@@ -130,7 +142,8 @@ class Gpu(TorchDispatchMode):
         if func.namespace == "sparselt" and simulated:
             return self.run(func.__name__.split(".")[0], *args)
         wrappers = {id(tensor.values): tensor for tensor in simulated}
-        result = func(*inside(tuple(args)), **inside(kwargs))
+        call = product_of_halves if func.namespace == "semi_structured" else func
+        result = call(*inside(tuple(args)), **inside(kwargs))
         if target is None or target.type != "cuda":
             return result
 
@@ -154,7 +167,8 @@ class Gpu(TorchDispatchMode):
         values = [None if t is None else t.values for t in (x, bias, residual)]
         compute = self._conv2d if op == "conv2d" else self._spmm
         y = compute(kernel.name, op, weight, meta, values, geometry, (lower, upper))
-        return SimulatedTensor(y.to(x.dtype).contiguous(), x.device)
+        layout = torch.channels_last if format_name == "bsr_nhwc" else torch.contiguous_format
+        return SimulatedTensor(y.to(x.dtype).contiguous(memory_format=layout), x.device)
 
     def _spmm(
         self,
@@ -290,6 +304,8 @@ def simulated_cuda(
         machine: runs kernels from their sources.
         reason: why the device runs no kernels; empty if it does.
     """
+    if torch.version.cuda is not None:
+        pytest.skip("a CUDA build of torch meets a device in test_cuda_device_api.py")
     module = SimpleNamespace(why_unusable=lambda isa, device: reason)
     with monkeypatch.context() as patch:
         # Or else a module writes a moved parameter's data into the old one, a plain tensor.
@@ -306,6 +322,7 @@ def simulated_cuda(
         properties = SimpleNamespace(major=9, minor=0, L2_cache_size=50 << 20)
         patch.setattr(torch.cuda, "get_device_properties", lambda device=None: properties)
         patch.setattr(torch.cuda, "get_device_name", lambda device=None: "simulated")
+        patch.setattr(SparseSemiStructuredTensor, "_FORCE_CUTLASS", True)
         patch.setattr(cuda_graph, "TorchGraphs", SimulatedGraphs)
         patch.setenv("SPARSELT_CACHE", "off")
         patch.setattr(extension, "_cuda", module)

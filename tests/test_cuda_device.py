@@ -25,7 +25,6 @@ from test_cuda_blocks import (
 )
 from test_cuda_kernels import (
     CONV_CASES,
-    CUDA_FORMATS,
     LIMITS,
     SPMM_CASES,
     assert_close,
@@ -37,7 +36,7 @@ from test_cuda_kernels import (
 from torch import Tensor
 
 from sparselt import ops, reference
-from sparselt.formats import SparseWeight
+from sparselt.formats import FORMATS, SparseWeight
 
 READY = torch.cuda.is_available() and find_spec("sparselt._C_cuda") is not None
 if READY:
@@ -201,7 +200,7 @@ def test_large_product_is_right_and_repeats_bitwise(kernel: str, columns: int) -
     dtype = dtype_of(kernel)
     dense = torch.randn(1030, 2050, device="cuda", generator=generator).to(dtype)
     dense *= torch.rand(dense.shape, device="cuda", generator=generator) < 0.1
-    weight = CUDA_FORMATS[registered()[kernel][1]].from_dense(dense.float())
+    weight = FORMATS[registered()[kernel][1]].from_dense(dense.float())
     x = torch.randn(columns, 2050, device="cuda", generator=generator).to(dtype)
     parts = on_gpu(weight, dtype)
     run = torch.ops.sparselt.linear

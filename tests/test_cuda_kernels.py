@@ -19,9 +19,6 @@ from torch import Tensor
 
 from sparselt import reference
 from sparselt.formats import FORMATS, SparseWeight, pack
-from sparselt.formats.bsr_nhwc import ChannelsLastBSR
-
-CUDA_FORMATS: dict[str, type[SparseWeight]] = FORMATS | {"bsr_nhwc": ChannelsLastBSR}
 
 # Half a unit in the last place, relative, of what a result is rounded to.
 ROUNDOFF = {torch.float32: 0.0, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
@@ -99,7 +96,7 @@ def packed(kernel: str, case: SpmmCase | ConvCase) -> SparseWeight:
     _, sparse_format, _ = registered()[kernel]
     weight, mask = case.dense()
     block = block_for(case) if sparse_format.startswith("bsr") else None
-    return CUDA_FORMATS[sparse_format].from_dense(rounded(weight, kernel), mask, block)
+    return FORMATS[sparse_format].from_dense(rounded(weight, kernel), mask, block)
 
 
 def block_for(case: SpmmCase | ConvCase) -> tuple[int, int]:
@@ -240,7 +237,7 @@ def test_infinite_x_reaches_only_what_is_stored(machine: Host, kernel: str, colu
 
 @pytest.mark.parametrize("kernel", kernels("spmm"))
 def test_nan_survives_the_clamp(machine: Host, kernel: str) -> None:
-    weight = CUDA_FORMATS[registered()[kernel][1]].from_dense(torch.ones(16, 16))
+    weight = FORMATS[registered()[kernel][1]].from_dense(torch.ones(16, 16))
     x = torch.full((16, 5), torch.nan)
     assert machine.spmm(kernel, weight, x, lower=0.0, upper=1.0).isnan().all()
 

@@ -26,6 +26,7 @@ FORMAT_BLOCKS = [
     *(("tile8", block) for block in (None, (32, 128))),
     ("bitmask", None),
     ("patch8", None),
+    *(("bsr_nhwc", block) for block in (None, (2, 3), (16, 16))),
 ]
 SHAPES = [(1, 1), (1, 9), (9, 1), (17, 23), (5, 3, 7), (6, 2, 3, 5), (4, 1, 1, 1)]
 EMPTY_SHAPES = [(0, 4), (4, 0), (0, 0), (3, 0, 5), (3, 4, 0, 2), (0, 2, 3, 3)]

@@ -9,8 +9,18 @@ from dataclasses import replace
 import pytest
 
 from sparselt.errors import KernelError, OptionError
+from sparselt.formats import FORMATS
 from sparselt.layout import block_for
-from sparselt.plan import DENSE, Facts, KernelInfo, Plan, candidates, choose
+from sparselt.plan import (
+    DENSE,
+    FORMAT_CHOICES,
+    SEMI_STRUCTURED,
+    Facts,
+    KernelInfo,
+    Plan,
+    candidates,
+    choose,
+)
 
 
 def kernel(name: str, **changes: object) -> KernelInfo:
@@ -262,3 +272,98 @@ def test_explain_prints_the_reason_and_every_candidate():
 
 def test_a_plan_made_by_hand_explains_itself():
     assert Plan(DENSE, DENSE, "because").explain() == "because"
+
+
+# ---- CUDA ----
+
+
+def cuda(name: str, **changes: object) -> KernelInfo:
+    return kernel(name, **{"device": "cuda", "tile_columns": 8, **changes})
+
+
+CUDA_KERNELS = (
+    cuda("csr_spmm_cuda", tile_columns=128),
+    cuda("csr_spmm_cuda_f16", tile_columns=128, dtype="float16"),
+    cuda("bsr_spmm_cuda_f16", tile_columns=32, dtype="float16"),
+    cuda("tile8_spmm_cuda"),
+    cuda("tile8_spmm_cuda_f16", dtype="float16"),
+    cuda("csr_conv2d_cuda", tile_columns=128),
+    cuda("nhwc_conv2d_cuda", format="bsr_nhwc", tile_columns=128),
+)
+ON_CUDA = Facts("linear", (4096, 4096), nnz=4096 * 409, columns=1, device="cuda", dtype="float16")
+
+
+def test_every_format_can_be_asked_for():
+    assert set(FORMAT_CHOICES) == {"auto", *FORMATS, SEMI_STRUCTURED, DENSE}
+
+
+@pytest.mark.parametrize(("columns", "kernel_name"), [
+    (1, "tile8_spmm_cuda_f16"),
+    (64, "tile8_spmm_cuda_f16"),
+    (65, DENSE),
+    (None, DENSE),
+])  # fmt: skip
+def test_few_columns_on_cuda_take_the_format_for_them(columns, kernel_name):
+    plan = choose(replace(ON_CUDA, columns=columns), CUDA_KERNELS)
+    assert plan.kernel == kernel_name
+    assert "not measured" in plan.reason
+
+
+@pytest.mark.parametrize(
+    ("changes", "kernel_name"),
+    [
+        ({"block": (32, 32)}, "bsr_spmm_cuda_f16"),
+        ({"block": (32, 32), "columns": 512}, "bsr_spmm_cuda_f16"),
+        ({"block": (4, 1), "columns": 512}, DENSE),
+        ({"dtype": "float32", "columns": 512, "nnz": 4096 * 400}, "csr_spmm_cuda"),
+        ({"dtype": "float32", "columns": 512, "nnz": 4096 * 450}, DENSE),
+        ({"columns": 512, "nnz": 4096 * 80}, "csr_spmm_cuda_f16"),
+        (
+            {"op": "conv2d", "shape": (64, 64, 3, 3), "nnz": 3000, "dtype": "float32"},
+            "csr_conv2d_cuda",
+        ),
+        (
+            {
+                "op": "conv2d",
+                "shape": (64, 64, 3, 3),
+                "nnz": 3000,
+                "dtype": "float32",
+                "block": (16, 16),
+            },
+            "nhwc_conv2d_cuda",
+        ),
+    ],
+)
+def test_rule_on_cuda_goes_by_format_type_and_density(changes, kernel_name):
+    assert choose(replace(ON_CUDA, **changes), CUDA_KERNELS).kernel == kernel_name
+
+
+def test_times_on_cuda_rule_over_the_rule_and_failures_leave_the_choice():
+    times = {"tile8_spmm_cuda_f16": float("inf"), "csr_spmm_cuda_f16": 7.0, DENSE: 9.0}
+    plan = choose(ON_CUDA, CUDA_KERNELS, times)
+    assert (plan.kernel, plan.dense_us, plan.sparse_us) == ("csr_spmm_cuda_f16", 9.0, 7.0)
+    failed = next(c for c in plan.candidates if c.kernel == "tile8_spmm_cuda_f16")
+    assert (failed.applies, failed.verdict) == (False, "failed when it was timed")
+    assert choose(ON_CUDA, CUDA_KERNELS, {**times, DENSE: 7.2}).is_dense
+
+
+@pytest.mark.parametrize(
+    ("density", "columns", "kernel_name"),
+    [
+        (0.1, 1, "tile8_spmm"),
+        (0.1, 8, "tile8_spmm"),
+        (0.1, 9, "patch8_spmm"),
+        (0.4, 1, "bitmask_spmm"),
+    ],
+)
+def test_formats_for_few_columns_are_chosen_by_density_and_columns(density, columns, kernel_name):
+    names = ("csr_spmm", "tile8_spmm", "bitmask_spmm", "patch8_spmm")
+    facts = replace(ON_CUDA, nnz=int(4096 * 4096 * density), columns=columns)
+    plan = choose(facts, [cuda(name, dtype="float16") for name in names])
+    assert plan.kernel == kernel_name
+
+
+def test_block_kernels_on_cuda_get_the_blocks_of_the_layer():
+    facts = replace(ON_CUDA, block=(64, 64))
+    assert block_for(facts, CUDA_KERNELS[2]) == (64, 64)
+    assert block_for(facts, CUDA_KERNELS[4]) == (1, 1)

@@ -46,10 +46,11 @@ ALLOWED = REQUIRED | {
 
 BASE = {"errors"}
 DATA = BASE | {"formats", "tickets", "plan"}
-LAYER = DATA | {"cuda_rules", "packed", "ops", "facts", "moving", "nn"}
+LAYER = DATA | {"cuda_rules", "packed", "ops", "facts", "moving", "nn", "semi_structured"}
 GRAPH = {
     "cuda_graph",
     "cuda_timer",
+    "candidate_calls",
     "fuse",
     "layers",
     "pooling",
@@ -75,7 +76,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "formats": BASE,
     "tickets": BASE,
     "registry": BASE,
-    "layout": {"registry"},
+    "layout": {"registry", "cuda_rules"},
     "cuda_rules": {"registry"},
     "plan": BASE | {"registry", "layout", "cuda_rules"},
     "reference": BASE | {"formats"},
@@ -87,9 +88,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "facts": DATA | {"cuda_rules", "packed", "ops"},
     "moving": DATA | {"cuda_rules", "packed", "ops", "facts"},
     "nn": DATA | {"packed", "ops", "facts", "moving"},
+    "semi_structured": {"plan", "facts"},
     "tune_cache": {"tickets"},
     "cuda_timer": set(),
-    "tune": LAYER | {"cuda_timer", "extension", "tune_cache"},
+    "candidate_calls": LAYER,
+    "tune": LAYER | {"candidate_calls", "cuda_timer", "extension", "tune_cache"},
     "conversion": LAYER | {"tune"},
     "explanation": LAYER | {"conversion"},
     "fuse": set(),

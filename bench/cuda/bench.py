@@ -24,14 +24,9 @@ from torch import Tensor
 
 from bench.cuda.cases import SUITES, Case
 from sparselt.formats import FORMATS, SparseWeight
-from sparselt.formats.bsr_nhwc import ChannelsLastBSR
 from sparselt.measure.machine import header
 from sparselt.measure.report import write_json
 
-FORMATS_HERE: dict[str, type[SparseWeight]] = {
-    **FORMATS,
-    "bsr_nhwc": ChannelsLastBSR,
-}
 SUFFIX = {torch.float32: "", torch.float16: "_f16", torch.bfloat16: "_bf16"}
 UNIT = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 # Tensor cores and TF32 round more often than once an addition; this covers both and no wrong index.
@@ -131,7 +126,7 @@ def contenders(case: Case, weight: Tensor, x: Tensor) -> Iterator[Contender]:
         yield from torch_sparse(case, weight, x)
     for format_name in case.formats:
         block = case.block if format_name.startswith("bsr") else None
-        packed = FORMATS_HERE[format_name].from_dense(weight.float(), None, block)
+        packed = FORMATS[format_name].from_dense(weight.float(), None, block)
         parts = [p.to(weight.dtype) if p.is_floating_point() else p for p in packed.parts()]
         size = sum(part.numel() * part.element_size() for part in parts)
         turns = [[part.clone() for part in parts] for _ in range(copies_of(size))]

@@ -19,7 +19,7 @@ class Case:
         columns: N of a linear layer's batch, or the batch of a convolution.
         density: of the weight.
         dtype: of weight, x and y.
-        formats: of `formats.FORMATS`, or "bsr_nhwc".
+        formats: of `formats.FORMATS`.
         block: in which weights are kept; (1, 1) for no structure.
         kernel: (R, S) of a convolution; None for a linear layer.
         size: (H, W) of a convolution's input.

@@ -14,6 +14,7 @@ PYTHON="${PYTHON:-python3}"
 OUT="${OUT:-bench/results}"
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 export PYTHONUNBUFFERED=1
+DEVICE_TESTS=(tests/test_cuda_device.py tests/test_cuda_device_api.py)
 
 build() {
   # Native code for the GPU at hand alone: the default list of setup.py takes several times as long.
@@ -25,7 +26,7 @@ build() {
 }
 
 device_tests() {
-  "$PYTHON" -m pytest -p no:cacheprovider -m cuda tests/test_cuda_device.py "$@"
+  "$PYTHON" -m pytest -p no:cacheprovider -m cuda "${DEVICE_TESTS[@]}" "$@"
 }
 
 sanitize() {
@@ -34,7 +35,7 @@ sanitize() {
   for tool in memcheck racecheck synccheck; do
     echo "compute-sanitizer $tool"
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --error-exitcode 9 \
-      "$PYTHON" -m pytest -q -p no:cacheprovider -m cuda tests/test_cuda_device.py -k sanitizer
+      "$PYTHON" -m pytest -q -p no:cacheprovider -m cuda "${DEVICE_TESTS[@]}" -k sanitizer
   done
 }
 

@@ -27,8 +27,8 @@ std::span<const KernelInfo> kernels();
 // Empty where kernels for `isa` can run on a device; otherwise the reason why not.
 std::string why_unusable(std::string_view isa, int device);
 
-// The kernel called `name`, or with an empty name the first one, for an operation on a format and
-// type on a device. Throws with the names that would do.
+// The kernel called `name`, or with an empty name the first usable one, for an operation on a
+// format and type on a device. Throws with the names that would do.
 const KernelInfo& find_kernel(std::string_view name, std::string_view op, std::string_view format,
                               std::string_view dtype, int device);
 

@@ -10,6 +10,7 @@ from sparselt.formats.base import SparseWeight
 from sparselt.formats.bitmask import Bitmask
 from sparselt.formats.bsell import BSELL
 from sparselt.formats.bsr import BSR
+from sparselt.formats.bsr_nhwc import ChannelsLastBSR
 from sparselt.formats.csr import CSR
 from sparselt.formats.patch8 import Patch8
 from sparselt.formats.sell import SELL
@@ -22,6 +23,7 @@ __all__ = [
     "FORMATS",
     "SELL",
     "Bitmask",
+    "ChannelsLastBSR",
     "Patch8",
     "SparseWeight",
     "Tile8",
@@ -36,6 +38,7 @@ FORMATS: dict[str, type[SparseWeight]] = {
     "tile8": Tile8,
     "bitmask": Bitmask,
     "patch8": Patch8,
+    "bsr_nhwc": ChannelsLastBSR,
 }
 
 
@@ -56,7 +59,8 @@ def pack(
         mask: the same shape, bool or 0/1 valued: what to keep. A kept 0.0 stays stored. None keeps
             every weight that is not 0.
         format: a key of `FORMATS`. "sell" and "bsell" are for the CPU; "tile8", "bitmask" and
-            "patch8" are for few columns on CUDA.
+            "patch8" are for few columns on CUDA, "bsr_nhwc" for convolutions over channels-last
+            maps there.
         block: (rows, cols) of a block, for "sell" and "bsell" of a slice and a block of columns;
             None means the format's own, which is (4, 1) for "bsr".
 
