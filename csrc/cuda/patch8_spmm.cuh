@@ -183,9 +183,12 @@ cudaError_t patch8_spmm(const SpmmCall& call, cudaStream_t stream) {
     return cudaErrorNotSupported;
   }
   if (call.columns <= 8) return launch_panels<T, 8>(call, stream);
-  if (call.columns <= 16) return launch_panels<T, 16>(call, stream);
-  if (call.columns <= 32) return launch_panels<T, 32>(call, stream);
-  return launch_panels<T, 64>(call, stream);
+  if (call.columns > 16) {
+    const cudaError_t wide = call.columns <= 32 ? launch_panels<T, 32>(call, stream)
+                                                : launch_panels<T, 64>(call, stream);
+    if (wide != cudaErrorNotSupported) return wide;  // 8.6 and 8.9 have too little shared memory
+  }
+  return launch_panels<T, 16>(call, stream);
 }
 
 }  // namespace sparselt::cuda

@@ -158,7 +158,7 @@ cudaError_t run(int64_t blocks, int threads, size_t shared_bytes,
                 const std::function<void()>& body) {
   if (threads <= 0 || threads > 1024 || threads % kWarp != 0 || blocks > INT32_MAX)
     return cudaErrorInvalidConfiguration;
-  if (shared_bytes > kSharedLimit) return cudaErrorInvalidValue;
+  if (shared_bytes > kSharedLimit) return cudaErrorNotSupported;
   for (size_t i = static_cast<size_t>(threads); i < block.fibers.size(); ++i) {
     if (block.fibers[i].stack == nullptr) continue;
     munmap(static_cast<unsigned char*>(block.fibers[i].stack) - kPageBytes,
