@@ -42,7 +42,7 @@ class ProfileRow:
     Attributes:
         layer: its qualified name; an operation of torch in brackets for what is no layer;
             "(between)" for the time outside of all of these.
-        kernel: the kernel that ran, "dense" or "torch"; empty for the time between.
+        kernel: the kernel that ran, or "dense", "native" or "torch"; empty for the time between.
         nonzeros: kept weights; None for what is no layer.
         us: microseconds.
         share: of the run.
@@ -174,11 +174,11 @@ def profile_graph(
     steps: list[_Step] = []
     places: dict[str, int] = {}
 
-    def place_of(node: fx.Node) -> int:
-        """The row of a node, made when it first runs."""
+    def place_of(node: fx.Node, where: str) -> int:
+        """The row of a node, made when it first runs, natively or in torch."""
         if node.name not in places:
             row = rows[calls[node.name]] if node.name in calls else None
-            known = (row.layer, row.kernel) if row else (f"({operation(node)})", "torch")
+            known = (row.layer, row.kernel) if row else (f"({operation(node)})", where)
             places[node.name] = len(steps)
             steps.append(_Step(*known, row))
         return places[node.name]
@@ -239,7 +239,7 @@ class _Watcher(fx.Interpreter):
     """Runs a graph and notes when each call, and each step of a native program, began and ended."""
 
     def __init__(
-        self, module: fx.GraphModule, place_of: Callable[[fx.Node], int], steps: list[_Step]
+        self, module: fx.GraphModule, place_of: Callable[[fx.Node, str], int], steps: list[_Step]
     ) -> None:
         super().__init__(module)
         self.place_of = place_of
@@ -258,7 +258,7 @@ class _Watcher(fx.Interpreter):
         begin = time.perf_counter_ns()
         result = call(n.target, args, kwargs)
         end = time.perf_counter_ns()
-        place = self.place_of(n)
+        place = self.place_of(n, "torch")
         self.spans.append((place, begin, end))
         if isinstance(result, Tensor):
             self.steps[place].count(result.numel())
@@ -269,7 +269,7 @@ class _Watcher(fx.Interpreter):
         begun = time.perf_counter_ns()
         result, spans = program.watch(args)
         for (node, floats), (begin, end) in zip(program.steps, spans, strict=True):
-            place = self.place_of(node)
+            place = self.place_of(node, "native")
             self.spans.append((place, begun + begin, begun + end))
             self.steps[place].count(floats)
         return result
