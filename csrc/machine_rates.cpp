@@ -116,13 +116,19 @@ Loop loop_of(Isa isa) {
   }
 }
 
-// The compiler widens this as far as the base instruction set goes, which is enough for memory.
+// In four streams, which reach memory's rate where one does not: hardware fetches ahead within a
+// page only. The compiler widens this as far as the base instruction set goes, which is enough.
 uint64_t read_all(const uint64_t* from, int64_t count) {
-  constexpr int64_t kAhead = 512;  // 4 KiB: hardware prefetching alone does not keep up
+  constexpr int64_t kStreams = 4;
+  constexpr int64_t kAhead = 512;  // 4 KiB
+  const int64_t each = count / kStreams / 8 * 8;
   uint64_t seen[8] = {};
-  for (int64_t i = 0; i + 8 <= count; i += 8) {
-    __builtin_prefetch(from + i + kAhead);
-    for (int j = 0; j < 8; ++j) seen[j] |= from[i + j];
+  for (int64_t i = 0; i < each; i += 8) {
+    for (int64_t s = 0; s < kStreams; ++s) {
+      const uint64_t* line = from + s * each + i;
+      __builtin_prefetch(line + kAhead);
+      for (int j = 0; j < 8; ++j) seen[j] |= line[j];
+    }
   }
   for (int j = 1; j < 8; ++j) seen[0] |= seen[j];
   return seen[0];

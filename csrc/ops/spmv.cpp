@@ -11,6 +11,9 @@
 namespace sparselt {
 namespace {
 
+// Loads bind: a stored value takes as long with one lane as with eight, so it counts as much work.
+constexpr int64_t kLeastLanes = 8;
+
 // Columns of x into `lanes` floats a row, by blocks of the weight's columns; see SpmvCall.
 template <int64_t kLanes>
 void lay_out(const SellView& w, const float* x, Layout layout, int64_t columns, float* to) {
@@ -56,7 +59,8 @@ class SpmvTask final : public Task {
     }
     laying_parts_ = copying_parts(team, groups, groups ? floats_ / groups : 0);
     const int64_t lanes = groups ? groups_.front().lanes : 0;
-    const int64_t threads = team.threads_for(stored_values(w) * lanes * groups);
+    const int64_t threads =
+        team.threads_for(stored_values(w) * std::max(lanes, kLeastLanes) * groups);
     shares_ = std::max<int64_t>(1, std::min(w.num_sections, threads));
   }
 
