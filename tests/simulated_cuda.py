@@ -319,7 +319,7 @@ def simulated_cuda(
         patch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
         patch.setattr(torch.cuda, "synchronize", lambda device=None: None)
         patch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
-        properties = SimpleNamespace(major=9, minor=0, L2_cache_size=50 << 20)
+        properties = SimpleNamespace(major=9, minor=0, L2_cache_size=1 << 16)
         patch.setattr(torch.cuda, "get_device_properties", lambda device=None: properties)
         patch.setattr(torch.cuda, "get_device_name", lambda device=None: "simulated")
         patch.setattr(SparseSemiStructuredTensor, "_FORCE_CUTLASS", True)

@@ -69,8 +69,9 @@ def test_layer_moves_runs_and_comes_back(name: str, dtype: torch.dtype) -> None:
     layer.to("cuda", dtype)
     assert_close(layer(x.to("cuda", dtype)), want, dtype)
     assert_close(copy.deepcopy(layer)(x.to("cuda", dtype)), want, dtype)
-    with torch.autocast("cuda", torch.float16):
-        assert_close(layer.float()(x.cuda()), want, torch.float16)
+    if dtype != torch.bfloat16:  # which has rounded the weights
+        with torch.autocast("cuda", torch.float16):
+            assert_close(layer.float()(x.cuda()), want, torch.float16)
     assert layer.cpu().kernel == kernel
 
 
@@ -246,7 +247,7 @@ def test_two_of_four_runs_by_torchs_product(dtype: torch.dtype) -> None:
     assert row.kernel == SEMI_STRUCTURED, row.plan.explain()
     assert_close(converted(x.to("cuda", dtype)), want, dtype)
     assert torch.equal(converted.state_dict()["0.weight"], model[0].weight)
-    assert_close(converted.cpu().float()(x), want.to(dtype).float(), torch.float32)
+    assert_close(converted.cpu()(x.to(dtype)), want, dtype)
 
 
 def test_every_device_runs_its_own_program() -> None:
