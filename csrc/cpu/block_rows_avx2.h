@@ -50,28 +50,38 @@ void store_rows(const SpmvCall& call, const BlockPlace& block, int64_t m, V sum)
 // order whatever the number of columns, so that a column has the same bits in any company.
 constexpr int kSums = 2;
 
+// Where the chains of both end that begin at `step`.
+inline int64_t chains_end(int64_t step, int64_t end) {
+  return end - step > kSums * kChain ? step + kSums * kChain : end;
+}
+
 // Rows [first, first + lanes of V) of a slice with one column.
 template <class V>
 void multiply_block_column(const SpmvCall& call, const BlockPlace& block, int64_t slice,
                            int64_t first) {
   const SellView& w = call.weight;
   const int64_t last = w.slice_steps[slice + 1];
-  V sum[kSums] = {broadcast(0.0f, V{}), broadcast(0.0f, V{})};
+  V total = broadcast(0.0f, V{});
   int64_t step = w.slice_steps[slice];
   const float* values = w.values + step * w.slice_height + first;
-  for (; step + kSums <= last; step += kSums, values += kSums * w.slice_height) {
-    prefetch(values, w.columns + step);
-    SPARSELT_UNROLL
-    for (int i = 0; i < kSums; ++i) {
-      const V x = broadcast(block.x[w.columns[step + i]], V{});
-      sum[i] = multiply_add(load_values(values + i * w.slice_height, V{}), x, sum[i]);
+  while (step < last) {
+    const int64_t stop = chains_end(step, last);
+    V sum[kSums] = {broadcast(0.0f, V{}), broadcast(0.0f, V{})};
+    for (; step + kSums <= stop; step += kSums, values += kSums * w.slice_height) {
+      prefetch(values, w.columns + step);
+      SPARSELT_UNROLL
+      for (int i = 0; i < kSums; ++i) {
+        const V x = broadcast(block.x[w.columns[step + i]], V{});
+        sum[i] = multiply_add(load_values(values + i * w.slice_height, V{}), x, sum[i]);
+      }
     }
+    for (; step < stop; ++step) {  // an odd last one
+      const V x = broadcast(block.x[w.columns[step]], V{});
+      sum[0] = multiply_add(load_values(values, V{}), x, sum[0]);
+    }
+    total = add(total, add(sum[0], sum[1]));
   }
-  if (step < last) {
-    const V x = broadcast(block.x[w.columns[step]], V{});
-    sum[0] = multiply_add(load_values(values, V{}), x, sum[0]);
-  }
-  store_rows(call, block, w.slice_rows[slice * w.slice_height] + first, add(sum[0], sum[1]));
+  store_rows(call, block, w.slice_rows[slice * w.slice_height] + first, total);
 }
 
 // Rows [first, first + R) of a slice with up to as many columns as V has lanes.
@@ -81,39 +91,44 @@ void multiply_block_columns(const SpmvCall& call, const BlockPlace& block, int64
   constexpr int64_t kLanes = sizeof(V) / sizeof(float);
   const SellView& w = call.weight;
   const int64_t last = w.slice_steps[slice + 1];
-  V sum[kSums][R];
-  SPARSELT_UNROLL
-  for (int i = 0; i < kSums; ++i) {
-    SPARSELT_UNROLL
-    for (int r = 0; r < R; ++r) sum[i][r] = broadcast(0.0f, V{});
-  }
+  alignas(32) float totals[R * kLanes] = {};
   int64_t step = w.slice_steps[slice];
   const float* values = w.values + step * w.slice_height + first;
-  for (; step + kSums <= last; step += kSums) {
-    prefetch(values, w.columns + step);
+  while (step < last) {
+    const int64_t stop = chains_end(step, last);
+    V sum[kSums][R];
     SPARSELT_UNROLL
     for (int i = 0; i < kSums; ++i) {
-      const V x_row = load_lanes(block.x + w.columns[step + i] * kLanes, V{});
+      SPARSELT_UNROLL
+      for (int r = 0; r < R; ++r) sum[i][r] = broadcast(0.0f, V{});
+    }
+    for (; step + kSums <= stop; step += kSums) {
+      prefetch(values, w.columns + step);
+      SPARSELT_UNROLL
+      for (int i = 0; i < kSums; ++i, values += w.slice_height) {
+        const V x_row = load_lanes(block.x + w.columns[step + i] * kLanes, V{});
+        SPARSELT_UNROLL
+        for (int r = 0; r < R; ++r) {
+          sum[i][r] = multiply_add(broadcast(values[r], V{}), x_row, sum[i][r]);
+        }
+      }
+    }
+    for (; step < stop; ++step) {  // an odd last one
+      const V x_row = load_lanes(block.x + w.columns[step] * kLanes, V{});
       SPARSELT_UNROLL
       for (int r = 0; r < R; ++r) {
-        sum[i][r] = multiply_add(broadcast(values[r], V{}), x_row, sum[i][r]);
+        sum[0][r] = multiply_add(broadcast(values[r], V{}), x_row, sum[0][r]);
       }
-      values += w.slice_height;
     }
-  }
-  if (step < last) {
-    const V x_row = load_lanes(block.x + w.columns[step] * kLanes, V{});
     SPARSELT_UNROLL
     for (int r = 0; r < R; ++r) {
-      sum[0][r] = multiply_add(broadcast(values[r], V{}), x_row, sum[0][r]);
+      float* total = totals + r * kLanes;
+      store_lanes(total, add(load_lanes(total, V{}), add(sum[0][r], sum[1][r])));
     }
   }
   const int32_t* rows = w.slice_rows + slice * w.slice_height + first;
-  alignas(32) float sums[R * kLanes];
-  SPARSELT_UNROLL
-  for (int r = 0; r < R; ++r) store_lanes(sums + r * kLanes, add(sum[0][r], sum[1][r]));
   for (int r = 0; r < R && rows[r] >= 0; ++r) {
-    store_row(call, block, rows[r], load_lanes(sums + r * kLanes, V{}));
+    store_row(call, block, rows[r], load_lanes(totals + r * kLanes, V{}));
   }
 }
 
