@@ -37,6 +37,9 @@ STABLE_TORCH_LIBRARY(sparselt, m) {
   m.def(
       "program_dense(int program, int[] values, int[] x_shape, Tensor weight, Tensor? "
       "bias, " SPARSELT_CONV ") -> ()");
+  m.def(
+      "program_depthwise(int program, int[] values, int[] x_shape, Tensor weight, Tensor? bias, "
+      "int[] stride, int[] padding, int[] dilation, " SPARSELT_CLAMP ") -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(sparselt, CPU, m) {
@@ -49,6 +52,7 @@ STABLE_TORCH_LIBRARY_IMPL(sparselt, CPU, m) {
   m.impl("program_linear", TORCH_BOX(&sparselt::program_linear));
   m.impl("program_conv2d", TORCH_BOX(&sparselt::program_conv2d));
   m.impl("program_dense", TORCH_BOX(&sparselt::program_dense));
+  m.impl("program_depthwise", TORCH_BOX(&sparselt::program_depthwise));
 }
 
 namespace sparselt {

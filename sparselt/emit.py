@@ -16,6 +16,7 @@ from torch import fx, nn
 from sparselt.builder import LAYER, Builder, DenseStep, NotNativeError, Shape, Shaped, operation
 from sparselt.extension import conv_shape
 from sparselt.fuse import argument, clamp_bounds
+from sparselt.neighbours import is_depthwise
 from sparselt.nn import SparseConv1d, SparseConv2d, SparseLayer, SparseLinear
 
 __all__ = ["emit"]
@@ -94,6 +95,8 @@ def _dense(build: Builder, step: DenseStep, x: Shaped, residual: Shaped | None) 
             for i, taps in enumerate(module.kernel_size)
         ]
         shape = (x.shape[0], module.out_channels, *sizes)
+    if is_depthwise(module):
+        return _depthwise(build, step, x, residual, shape)
     y = build.new(shape, by_torch=True)
     numbers = [x.number, -1, y.number]
     given = (list(x.shape), module.weight, module.bias, *geometry)
@@ -102,6 +105,20 @@ def _dense(build: Builder, step: DenseStep, x: Shaped, residual: Shaped | None) 
         return y
     name = "identity" if residual is None else "add"
     return _append(build, name, y, residual, (step.lower, step.upper))
+
+
+def _depthwise(
+    build: Builder, step: DenseStep, x: Shaped, residual: Shaped | None, shape: Sequence[int]
+) -> Shaped:
+    module = step.module
+    assert isinstance(module, nn.Conv2d)
+    y = build.new(shape)
+    numbers = [x.number, -1 if residual is None else residual.number, y.number]
+    given = (list(x.shape), module.weight, module.bias)
+    geometry = (module.stride, module.padding, module.dilation)
+    end = (step.lower, step.upper, "")
+    torch.ops.sparselt.program_depthwise(build.program.handle, numbers, *given, *geometry, *end)
+    return y
 
 
 def _append(

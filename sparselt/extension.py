@@ -308,6 +308,7 @@ _FAKES: dict[str, Callable[..., object]] = {
     "program_linear": _fake_out,
     "program_conv2d": _fake_out,
     "program_dense": _fake_out,
+    "program_depthwise": _fake_out,
 }
 for _name, _fake in _FAKES.items():
     torch.library.register_fake(f"sparselt::{_name}", _fake)

@@ -158,6 +158,7 @@ STEPS = {
     "square": lambda x: x * x,
     "max pool": lambda x: F.max_pool2d(x, 3, 2, 1),
     "max pool, uneven": lambda x: F.max_pool2d(x, (2, 3), (1, 2), (1, 0)),
+    "max pool, wide": lambda x: F.max_pool2d(x, (1, 9), 3, (0, 4)),
     "mean pool": lambda x: F.avg_pool2d(x, 3, 2, 1),
     "mean pool without padding": lambda x: F.avg_pool2d(x, 3, 2, 1, count_include_pad=False),
     "mean of all": lambda x: F.adaptive_avg_pool2d(x, 1),
@@ -180,6 +181,37 @@ def test_a_step_is_native_and_right(name):
     assert not in_torch
     x[0, :, 3, 4] = torch.nan
     torch.testing.assert_close(program(x), model(x).detach(), equal_nan=True, rtol=1e-3, atol=1e-3)
+
+
+class Separable(nn.Module):
+    """A depthwise convolution between two others, with what can be fused to it."""
+
+    def __init__(self, stride: int) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 8, 1)
+        self.depthwise = nn.Conv2d(8, 8, 3, stride, 1, groups=8)
+        self.second = nn.Conv2d(8, 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        y = self.depthwise(x)
+        return self.second(F.relu6(y + x if y.shape == x.shape else y))
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_a_depthwise_convolution_is_native_with_its_sum_and_clamp(stride):
+    torch.manual_seed(0)
+    model = Separable(stride).eval()
+    model.first.weight.data.mul_(torch.rand(8, 3, 1, 1) < 0.7).mul_(6)
+    model.second.weight.data.mul_(torch.rand(8, 8, 1, 1) < 0.5)
+    program, in_torch = compiled(model, torch.randn(2, 3, 9, 20))
+    (segment,) = segments_of(program)
+    (made,) = segment.programs.values()
+    assert made.native.num_steps == 3
+    for shape in ((2, 3, 9, 20), (1, 3, 33, 8)):
+        x = torch.randn(shape)
+        assert_as_exact_as_torch(program(x), model, x)
+    assert not in_torch
 
 
 def test_any_number_of_threads_gives_the_same_bits():

@@ -99,7 +99,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "layers": {"fuse"},
     "pooling": BASE | {"fuse"},
     "builder": {"extension"},
-    "emit": LAYER | {"extension", "builder", "fuse"},
+    "emit": LAYER | {"extension", "builder", "fuse", "neighbours"},
     "native": {"extension", "builder", "emit", "fuse"},
     "lowering": LAYER
     | {"tune", "conversion", "explanation", "builder", "fuse", "layers", "pooling"},

@@ -34,4 +34,10 @@ TaskPointer make_conv_planes(const Team& team, const ConvProblem& problem, const
 TaskPointer make_conv_panels(const Team& team, const ConvProblem& problem, const Weight& weight,
                              const Epilogue& epilogue);
 
+// Of a dense weight (C * multiplier, 1, R, S); the kernel may be "", as everywhere.
+ConvProblem make_depthwise_problem(const Ints& x_shape, const Tensor& weight, const Ints& stride,
+                                   const Ints& padding, const Ints& dilation);
+TaskPointer make_depthwise_task(const Team& team, const ConvProblem& problem, const float* weight,
+                                const Epilogue& epilogue, const std::string& kernel);
+
 }  // namespace sparselt

@@ -109,4 +109,17 @@ void program_dense(int64_t program, Ints values, Ints x_shape, Tensor weight, Op
       as_step(values));
 }
 
+void program_depthwise(int64_t program, Ints values, Ints x_shape, Tensor weight,
+                       OptionalTensor bias, Ints stride, Ints padding, Ints dilation,
+                       OptionalBound lower, OptionalBound upper, std::string kernel) {
+  Program& target = Program::of_handle(program);
+  const Tensor filters = as_float_input(weight, "weight");
+  const ConvProblem problem = make_depthwise_problem(x_shape, filters, stride, padding, dilation);
+  const HeldEpilogue held = as_epilogue(bias, {}, lower, upper, problem.channels_out, {});
+  target.add_task(
+      make_depthwise_task(target.team(), problem, const_float_data(filters), held.pointers, kernel),
+      as_step(values));
+  target.keep(held_by({filters}, held));
+}
+
 }  // namespace sparselt

@@ -22,4 +22,8 @@ void program_conv2d(int64_t program, Ints values, Ints x_shape, Parts parts, Int
 void program_dense(int64_t program, Ints values, Ints x_shape, Tensor weight, OptionalTensor bias,
                    Ints stride, Ints padding, Ints dilation, int64_t groups);
 
+void program_depthwise(int64_t program, Ints values, Ints x_shape, Tensor weight,
+                       OptionalTensor bias, Ints stride, Ints padding, Ints dilation,
+                       OptionalBound lower, OptionalBound upper, std::string kernel);
+
 }  // namespace sparselt

@@ -13,7 +13,11 @@ Range window(const Axis& axis, int64_t index) {
   return {std::max<int64_t>(0, begin), std::min(axis.size, begin + axis.kernel)};
 }
 
-inline float larger(float a, float b) { return a > b || a != a ? a : b; }
+// A NaN of either wins. Two plain selections, which compilers turn into vectors.
+inline float larger(float a, float b) {
+  const float most = a > b ? a : b;
+  return a != a ? a : most;
+}
 inline float sum(float a, float b) { return a + b; }
 
 // Pools the rows of each window into one row, which lies in the thread's scratch, and then the
@@ -38,12 +42,19 @@ class PoolTask : public Task {
 
   template <class F>
   void pool_columns(const float* row, float* y, const F& f) const {
-    for (int64_t q = 0; q < w_.out(); ++q) {
-      const Range columns = window(w_, q);
-      float value = row[columns.begin];
-      for (int64_t i = columns.begin + 1; i < columns.end; ++i) value = f(value, row[i]);
-      y[q] = value;
+    // Windows that lie inside the row meet it one tap after the other.
+    const int64_t begin = std::min(w_.out(), (w_.padding + w_.stride - 1) / w_.stride);
+    const int64_t room = w_.size + w_.padding - w_.kernel;
+    const Range inside{begin, std::max(begin, room < 0 ? 0 : room / w_.stride + 1)};
+    if (w_.stride == 1) {
+      pool_taps<1>(row, inside, y, f);
+    } else if (w_.stride == 2) {
+      pool_taps<2>(row, inside, y, f);
+    } else {
+      pool_taps<0>(row, inside, y, f);
     }
+    for (int64_t q = 0; q < inside.begin; ++q) y[q] = pool_window(row, window(w_, q), f);
+    for (int64_t q = inside.end; q < w_.out(); ++q) y[q] = pool_window(row, window(w_, q), f);
   }
 
   Range planes_of(int64_t part) const { return even_range(planes_, part, parts_); }
@@ -52,6 +63,26 @@ class PoolTask : public Task {
   const Axis w_;
 
  private:
+  // A stride known to the compiler (0: any) is what it can turn into shuffles.
+  template <int64_t STRIDE, class F>
+  void pool_taps(const float* row, Range outputs, float* y, const F& f) const {
+    const int64_t stride = STRIDE == 0 ? w_.stride : STRIDE;
+    const float* first = row - w_.padding;
+    for (int64_t q = outputs.begin; q < outputs.end; ++q) y[q] = first[q * stride];
+    for (int64_t tap = 1; tap < w_.kernel; ++tap) {
+      for (int64_t q = outputs.begin; q < outputs.end; ++q) {
+        y[q] = f(y[q], first[q * stride + tap]);
+      }
+    }
+  }
+
+  template <class F>
+  static float pool_window(const float* row, Range columns, const F& f) {
+    float value = row[columns.begin];
+    for (int64_t i = columns.begin + 1; i < columns.end; ++i) value = f(value, row[i]);
+    return value;
+  }
+
   const int64_t planes_;
   const int64_t parts_;
 };
