@@ -15,6 +15,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from cases import DENSITIES, PATTERNS, ConvCase, SpmmCase, assert_within_bound
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from sparselt import ops, reference
 from sparselt.formats import SparseWeight, pack
+from sparselt.neighbours import depthwise_conv2d
 from sparselt.plan import KernelInfo
 
 __all__ = ["main"]
@@ -127,10 +129,32 @@ def given(
     return (case.x().squeeze(2), flat), options
 
 
+def solve_depthwise(chance: random.Random, seed: int) -> Iterator[str]:
+    """As `solve`, for a dense filter a channel; the reference takes it as a packed weight."""
+    case = a_convolution(chance, seed, one_row=chance.random() < 0.3)
+    case = replace(case, groups=case.channels, filters=case.channels * chance.randint(1, 2))
+    weight, x, bias = case.weight("csr", None), case.x(), case.bias()
+    residual = case.residual() if chance.random() < 0.3 else None
+    limits = dict(zip(("lower", "upper"), chance.choice(LIMITS), strict=True))
+    geometry = (case.stride, case.padding, case.dilation)
+    for kernel in kernels_for("depthwise"):
+        torch.set_num_threads(chance.choice((1, 2, 3)))
+        y = depthwise_conv2d(
+            x, weight.to_dense(), bias, *geometry, residual=residual, **limits, kernel=kernel.name
+        )
+        torch.set_num_threads(1)
+        options = {**case.options(), "residual": residual, **limits}
+        name = (kernel.name, str(case), residual is not None, limits)
+        assert_within_bound(name, y, reference.conv2d, x, weight, bias, **options)
+        yield kernel.name
+
+
 def run_problem(seed: int, number: int) -> list[str]:
     """Make and check problem `number`; returns the names of the kernels that ran it."""
     chance = random.Random(f"{seed}/{number}")
-    operation = chance.choice(("spmm", "linear", "conv1d", "conv2d"))
+    operation = chance.choice(("spmm", "linear", "conv1d", "conv2d", "conv2d", "depthwise"))
+    if operation == "depthwise":
+        return list(solve_depthwise(chance, number))
     if operation in ("spmm", "linear"):
         case: SpmmCase | ConvCase = a_matrix(chance, number)
     else:

@@ -294,13 +294,15 @@ def test_registry_says_why_cuda_kernels_are_unusable() -> None:
 
 
 def test_build_without_cuda_says_so(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(extension, "_cuda", None)
-    monkeypatch.setattr(extension, "_SERVED", extension.served())
-    extension.kernels.cache_clear()
-    weight = sparselt.pack(torch.eye(4)).to("cuda:0")
-    with pytest.raises(KernelError, match="built without its CUDA module"):
-        ops.spmm(weight, torch.ones(4, 2).cuda())
-    layer = SparseLinear.from_dense(pruned(nn.Linear(48, 40)))
-    with pytest.raises(KernelError, match="built without its CUDA module"):
-        layer.cuda()
-    assert layer.weight.device.type == "cpu"
+    # Undone here, before the fixture undoes its own.
+    with monkeypatch.context() as patch:
+        patch.setattr(extension, "_cuda", None)
+        patch.setattr(extension, "_SERVED", extension.served())
+        extension.kernels.cache_clear()
+        weight = sparselt.pack(torch.eye(4)).to("cuda:0")
+        with pytest.raises(KernelError, match="built without its CUDA module"):
+            ops.spmm(weight, torch.ones(4, 2).cuda())
+        layer = SparseLinear.from_dense(pruned(nn.Linear(48, 40)))
+        with pytest.raises(KernelError, match="built without its CUDA module"):
+            layer.cuda()
+        assert layer.weight.device.type == "cpu"

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import sparselt
 from sparselt.errors import FormatError, SparseltError
 from sparselt.formats import BSELL, pack
-from sparselt.nn import SparseConv2d
+from sparselt.nn import SparseConv2d, SparseLinear, SparseLinear
 
 
 def block_weight(rows: int, cols: int, block: tuple[int, int], density: float = 0.3) -> Tensor:
@@ -147,9 +147,15 @@ def test_a_convolution_whose_zeros_come_in_blocks_is_packed_in_rows_of_blocks(he
     assert torch.equal(other(x), sparse(x))
 
 
-def test_a_layer_of_rows_of_blocks_leaves_the_cpu_as_blocks() -> None:
-    sparse = SparseConv2d.from_dense(block_convolution(8)).to("meta")
-    assert (sparse.weight.format, sparse.weight.block) == ("bsr", (8, 1))
+def test_a_layer_of_rows_of_blocks_leaves_the_cpu_in_a_format_of_other_devices() -> None:
+    dense = nn.Linear(64, 40).requires_grad_(False)
+    dense.weight.copy_(block_weight(40, 64, (8, 1)))
+    for layer, want in (
+        (SparseLinear.from_dense(dense), ("bsr", (8, 1))),
+        (SparseConv2d.from_dense(block_convolution(8)), ("csr", (1, 1))),
+    ):
+        moved = layer.to("meta")
+        assert (moved.weight.format, moved.weight.block) == want
 
 
 def test_grouped_convolutions_of_blocks_are_packed_in_rows() -> None:

@@ -25,6 +25,7 @@ __all__ = ["Flush", "Timing", "burst", "interleave", "measure", "speedup"]
 # then costs less than a thousandth of what is measured.
 _SAMPLE_US = 200.0
 _ROUND_SAMPLES = 5
+_WARMUP_CALLS = 3
 # A call as long as this has warmed up within itself.
 _LONG_CALL_US = 3e5
 
@@ -151,7 +152,11 @@ def calls_for(function: Callable[[], object], warmup_seconds: float) -> int:
     end = time.perf_counter() + warmup_seconds
     fastest = float("inf")
     count = 0
-    while time.perf_counter() < end or (count < 3 and fastest < _LONG_CALL_US):
+    while (
+        count == 0
+        or time.perf_counter() < end
+        or (count < _WARMUP_CALLS and fastest < _LONG_CALL_US)
+    ):
         fastest = min(fastest, burst(function, 1)[0])
         count += 1
     return max(1, int(np.ceil(_SAMPLE_US / max(fastest, 0.01))))
