@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import sparselt
 from sparselt.errors import FormatError, SparseltError
 from sparselt.formats import BSELL, pack
-from sparselt.nn import SparseConv2d, SparseLinear, SparseLinear
+from sparselt.nn import SparseConv2d, SparseLinear
 
 
 def block_weight(rows: int, cols: int, block: tuple[int, int], density: float = 0.3) -> Tensor:
