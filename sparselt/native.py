@@ -20,10 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from sparselt.builder import LAYER, Builder, DenseStep, NotNativeError, operation
+from sparselt.builder import LAYER, Builder, DenseStep, NotNativeError, Shape, operation
 from sparselt.emit import emit
 from sparselt.extension import ArenaPool, NativeProgram
-from sparselt.fuse import is_mutating
+from sparselt.fuse import argument, is_mutating
 
 __all__ = ["SEGMENT", "Segment", "is_of_segment", "nativize"]
 
@@ -35,6 +35,8 @@ _MAX_PROGRAMS = 32
 # A run of this length on all threads is longer on one: there is nothing to choose.
 _LONG_RUN_US = 1000.0
 _ROUNDS = 7
+_SAMPLE_ROUNDS = 2
+_CLEAR_GAIN = 0.95
 # Steps that return their operand's memory: what is written to them is written to it.
 _VIEWS = {"alias", "contiguous", "detach", "flatten", "reshape", "view"}
 # Steps that change nothing, whatever their flags look like.
@@ -97,6 +99,7 @@ class _Program:
 
     def __init__(self, segment: Segment, values: Sequence[Any]) -> None:
         self.native = NativeProgram(torch.get_num_threads(), segment.pool)
+        self.sample: _Program | None = None
         build = Builder(self.native)
         for node, value in zip(segment.inputs, values, strict=True):
             build.add_input(node, tuple(value.shape) if isinstance(value, Tensor) else value)
@@ -109,11 +112,31 @@ class _Program:
         self.steps = [(node, build.values[node].floats) for node in build.names]
         if self.native.has_parts and torch.get_num_threads() > 1:
             self._choose_threads(values)
+        if _has_samples(segment, values, self.shapes):
+            self._choose_samples(segment, values)
 
     def __call__(self, values: Sequence[Any]) -> Any:
         inputs, outputs = self._bind(values)
-        self.native.run([x.data_ptr() for x in inputs], [y.data_ptr() for y in outputs])
+        self._run(inputs, outputs)
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
+
+    def _run(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
+        if self.sample is None:
+            self.native.run([x.data_ptr() for x in inputs], [y.data_ptr() for y in outputs])
+        else:
+            self.sample.run_each(inputs, outputs)
+
+    def run_each(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
+        """Runs a program for one sample on one after the other of several."""
+        count = inputs[0].shape[0]
+        given, results = (
+            [(x.data_ptr(), x.nbytes // count) for x in tensors] for tensors in (inputs, outputs)
+        )
+        for i in range(count):
+            self.native.run(
+                [first + i * step for first, step in given],
+                [first + i * step for first, step in results],
+            )
 
     def watch(self, values: Sequence[Any]) -> tuple[Any, list[tuple[int, int]]]:
         """The results, and begin and end of each step in nanoseconds."""
@@ -140,6 +163,52 @@ class _Program:
                 if best[True] > _LONG_RUN_US:
                     return
         self.native.set_parallel(best[True] < best[False])
+
+    def _choose_samples(self, segment: Segment, values: Sequence[Any]) -> None:
+        """Takes one sample after the other where that is faster and comes to the same.
+
+        Activations of one sample stay in caches that those of a batch do not fit.
+        """
+        # Not the caller's values: samples that are alike would hide that the network mixes them.
+        inputs = [torch.randn(x.shape) for x in values]
+        outputs, others = ([torch.empty(shape) for shape in self.shapes] for _ in range(2))
+        whole = self._time(inputs, outputs)
+        if whole < _LONG_RUN_US:
+            return
+        try:
+            sample = _Program(segment, [x[:1] for x in inputs])
+        except (NotNativeError, RuntimeError):
+            return
+        if sample.shapes != [(1, *shape[1:]) for shape in self.shapes]:
+            return
+        runs = {False: [whole], True: []}
+        for _ in range(_SAMPLE_ROUNDS):
+            for each in runs:
+                self.sample = sample if each else None
+                runs[each].append(self._time(inputs, others if each else outputs))
+        same = all(
+            torch.allclose(a, b, 1e-4, 1e-4 * float(b.abs().max()))
+            for a, b in zip(others, outputs, strict=True)
+        )
+        gains = min(runs[True]) < _CLEAR_GAIN * min(runs[False])
+        self.sample = sample if same and gains else None
+
+    def _time(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> float:
+        begin = time.perf_counter_ns()
+        self._run(inputs, outputs)
+        return (time.perf_counter_ns() - begin) / 1e3
+
+
+def _has_samples(segment: Segment, values: Sequence[Any], shapes: Sequence[Shape]) -> bool:
+    """Whether all that goes in and out has one leading size above 1, by which nothing is joined."""
+    if not all(isinstance(x, Tensor) and x.dim() for x in values):
+        return False
+    sizes = {shape[:1] for shape in (*[tuple(x.shape) for x in values], *shapes)}
+    joined = any(
+        operation(node) in ("cat", "concat") and argument(node, 1, "dim", 0) == 0
+        for node in segment.nodes
+    )
+    return len(sizes) == 1 and sizes != {(1,)} and () not in sizes and not joined
 
 
 def _is_plain(value: Any) -> bool:

@@ -229,6 +229,33 @@ def test_any_number_of_threads_gives_the_same_bits():
     assert all(torch.equal(results[0], other) for other in results[1:])
 
 
+class Mixing(nn.Module):
+    """Samples that meet: the mean goes over pairs of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 8, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.layer(x).view(2, -1).mean(1, keepdim=True)
+        return F.relu(torch.cat([y, y], 1))
+
+
+@pytest.mark.parametrize("name", ["residual", "mixing"])
+def test_samples_run_one_by_one_only_where_that_comes_to_the_same(name, monkeypatch):
+    monkeypatch.setattr("sparselt.native._LONG_RUN_US", 0.0)
+    monkeypatch.setattr("sparselt.native._CLEAR_GAIN", 1e9)
+    torch.manual_seed(0)
+    model = make("residual") if name == "residual" else Mixing().eval()
+    x = input_for("residual", 6) if name == "residual" else torch.randn(2, 8)
+    if name == "mixing":
+        model.layer.weight.data.mul_(torch.rand(8, 8) < 0.5)
+    program = sparselt.compile(model, x)
+    made = [m for segment in segments_of(program) for m in segment.programs.values()]
+    assert [m.sample is not None for m in made] == [name == "residual"]
+    assert_as_exact_as_torch(program(x), model, x)
+
+
 def test_calls_share_one_arena_and_calls_at_once_have_one_each():
     model = make("residual")
     program = sparselt.compile(model, input_for("residual", 8))
