@@ -58,6 +58,8 @@ class Segment:
         self.nodes = [node for node in graph.nodes if node.op.startswith("call_")]
         self.outputs = next(node for node in graph.nodes if node.op == "output").args[0]
         self.programs: dict[tuple[Any, ...], _Program | None] = {}
+        # By shapes, and not by threads: a choice between kernels that round differently.
+        self.sample_wise: dict[tuple[Any, ...], bool] = {}
         self.lock = threading.Lock()
 
     def __call__(self, *values: Any) -> Any:
@@ -72,7 +74,7 @@ class Segment:
         """The program for values of these shapes; None where torch is to run."""
         if torch.is_autocast_enabled("cpu") or not all(map(_is_plain, values)):
             return None
-        key = (*[x.shape if isinstance(x, Tensor) else x for x in values], torch.get_num_threads())
+        key = (*_shapes(values), torch.get_num_threads())
         try:
             return self.programs[key]
         except KeyError:
@@ -167,36 +169,51 @@ class _Program:
     def _choose_samples(self, segment: Segment, values: Sequence[Any]) -> None:
         """Takes one sample after the other where that is faster and comes to the same.
 
-        Activations of one sample stay in caches that those of a batch do not fit.
+        Activations of one sample stay in caches that those of a batch do not fit. Kernels for one
+        sample may round otherwise than those for a batch, so the choice is made once for all
+        numbers of threads.
         """
+        key = _shapes(values)
+        if segment.sample_wise.get(key) is False:
+            return
         # Not the caller's values: samples that are alike would hide that the network mixes them.
         inputs = [torch.randn(x.shape) for x in values]
         outputs, others = ([torch.empty(shape) for shape in self.shapes] for _ in range(2))
         whole = self._time(inputs, outputs)
-        if whole < _LONG_RUN_US:
-            return
+        sample = None
+        if key in segment.sample_wise or whole >= _LONG_RUN_US:
+            sample = self._one_sample(segment, inputs)
+        if key not in segment.sample_wise and sample is not None:
+            runs = {False: [whole], True: []}
+            for _ in range(_SAMPLE_ROUNDS):
+                for each in runs:
+                    self.sample = sample if each else None
+                    runs[each].append(self._time(inputs, others if each else outputs))
+            same = all(
+                torch.allclose(a, b, 1e-4, 1e-4 * float(b.abs().max()))
+                for a, b in zip(others, outputs, strict=True)
+            )
+            if not same or min(runs[True]) >= _CLEAR_GAIN * min(runs[False]):
+                sample = None
+        segment.sample_wise[key] = sample is not None
+        self.sample = sample
+
+    def _one_sample(self, segment: Segment, inputs: Sequence[Tensor]) -> _Program | None:
+        """The segment's program for the first sample, where its outputs are one sample's too."""
         try:
             sample = _Program(segment, [x[:1] for x in inputs])
         except (NotNativeError, RuntimeError):
-            return
-        if sample.shapes != [(1, *shape[1:]) for shape in self.shapes]:
-            return
-        runs = {False: [whole], True: []}
-        for _ in range(_SAMPLE_ROUNDS):
-            for each in runs:
-                self.sample = sample if each else None
-                runs[each].append(self._time(inputs, others if each else outputs))
-        same = all(
-            torch.allclose(a, b, 1e-4, 1e-4 * float(b.abs().max()))
-            for a, b in zip(others, outputs, strict=True)
-        )
-        gains = min(runs[True]) < _CLEAR_GAIN * min(runs[False])
-        self.sample = sample if same and gains else None
+            return None
+        return sample if sample.shapes == [(1, *shape[1:]) for shape in self.shapes] else None
 
     def _time(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> float:
         begin = time.perf_counter_ns()
         self._run(inputs, outputs)
         return (time.perf_counter_ns() - begin) / 1e3
+
+
+def _shapes(values: Sequence[Any]) -> tuple[Any, ...]:
+    return tuple(x.shape if isinstance(x, Tensor) else x for x in values)
 
 
 def _has_samples(segment: Segment, values: Sequence[Any], shapes: Sequence[Shape]) -> bool:
