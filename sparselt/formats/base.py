@@ -17,9 +17,29 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from sparselt.formats.checks import check_fits_int32, check_shape
+from sparselt.formats.checks import (
+    check_fits_int32,
+    check_on_cpu,
+    check_parts,
+    check_shape,
+    kept_weights,
+)
 
-__all__ = ["SparseWeight", "compress", "entry_rows"]
+__all__ = ["Part", "SparseWeight", "compress", "entry_rows"]
+
+
+class Part:
+    """One of a weight's parts as an attribute of it.
+
+    Args:
+        place: the part's place in `SparseWeight.parts()`.
+    """
+
+    def __init__(self, place: int) -> None:
+        self.place = place
+
+    def __get__(self, weight: SparseWeight, owner: type[SparseWeight] | None = None) -> Tensor:
+        return weight._parts[self.place]
 
 
 class SparseWeight(ABC):
@@ -27,6 +47,8 @@ class SparseWeight(ABC):
 
     A convolution's filters (C_out, C_in/groups, R, S) are kept as the matrix
     (M, K) = (C_out, C_in/groups * R * S), flattened in row-major order.
+
+    A subclass says how its parts are packed, read and checked; the last part holds the values.
 
     Args:
         parts: the tensors named in `part_names`, in that order; they are not copied.
@@ -46,6 +68,11 @@ class SparseWeight(ABC):
 
     name: ClassVar[str]
     part_names: ClassVar[tuple[str, ...]]
+    # Of every part but the values: int32 for those that are not named.
+    index_dtypes: ClassVar[dict[str, torch.dtype]] = {}
+    cpu_only: ClassVar[bool] = False
+
+    values = Part(-1)
 
     shape: tuple[int, ...]
     block: tuple[int, int]
@@ -102,9 +129,9 @@ class SparseWeight(ABC):
         return math.prod(self.shape[1:])
 
     @property
-    @abstractmethod
     def nnz(self) -> int:
         """Number of stored values; what a block format pads is counted."""
+        return self.values.numel()
 
     @property
     def density(self) -> float:
@@ -190,31 +217,85 @@ class SparseWeight(ABC):
         """The block to use for what was asked; raises FormatError if the format has no such."""
 
     @classmethod
-    @abstractmethod
     def from_dense(
         cls, weight: Tensor, mask: Tensor | None = None, block: tuple[int, int] | None = None
     ) -> Self:
-        """Pack a dense weight: what the mask keeps, or without one what is not 0."""
+        """Pack the kept weights; a block format packs every block that holds one.
 
+        Args:
+            weight: (M, K), (C_out, C_in/groups, S) or (C_out, C_in/groups, R, S); float32, float16
+                or bfloat16 (both exact in float32), any strides.
+            mask: the same shape, bool or 0/1; a kept 0.0 stays stored. None means `weight != 0`.
+            block: as `check_block` takes it; None means the format's own.
+
+        Returns:
+            The packed weight, on the weight's device.
+
+        Raises:
+            DtypeError, ShapeError, DeviceError, FormatError: what was given is none of the above.
+
+        Example:
+            >>> import torch
+            >>> from sparselt.formats import CSR
+            >>> CSR.from_dense(torch.eye(3)).nnz
+            3
+        """
+        block = cls.check_block(block)
+        dense, kept = kept_weights(weight, mask)
+        if cls.cpu_only:
+            check_on_cpu(dense, cls.name)
+        shape = tuple(weight.shape)
+        return cls._trusted(cls._pack(dense, kept, shape, block), shape, block)
+
+    @classmethod
     @abstractmethod
+    def _pack(
+        cls, dense: Tensor, kept: Tensor, shape: tuple[int, ...], block: tuple[int, int]
+    ) -> tuple[Tensor, ...]:
+        """The parts for a matrix (M, K) float32 and what is kept of it, both contiguous."""
+
+    def _stored(self) -> tuple[Tensor, Tensor]:
+        """Of each stored value its place in the flattened dense matrix and in `values`, int64."""
+        raise NotImplementedError  # by a format that overrides _spread
+
+    def _spread(self, values: Tensor) -> Tensor:
+        """The dense tensor that holds `values`, one for each place or one for all, and zeros."""
+        dense = values.new_zeros(self.rows * self.cols)
+        positions, places = self._stored()
+        dense[positions] = values.reshape(-1)[places] if values.dim() else values
+        return dense.view(self.shape)
+
     def to_dense(self) -> Tensor:
         """The dense float32 weight of shape `shape`: stored values bit for bit, 0.0 elsewhere."""
+        return self._spread(self.values.float())
 
-    @abstractmethod
     def mask(self) -> Tensor:
         """Bool tensor of shape `shape`: True where a value is stored."""
+        return self._spread(torch.ones((), dtype=torch.bool, device=self.device))
 
-    @abstractmethod
     def validate(self, full: bool = True) -> None:
         """Check the parts: types, ranks and lengths in O(1); with `full` every index in O(nnz).
 
         Raises:
-            DtypeError: indices are not int32 or values are not float32.
-            FormatError: a part is missing, of the wrong length or not contiguous; row offsets do
-                not start at 0, decrease or end elsewhere than at the number of stored entries;
-                column indices are out of range, unsorted or repeated within a row.
-            DeviceError: the parts are on different devices.
+            DtypeError: indices or values are of another type.
+            FormatError: a part is missing, of the wrong length or not contiguous, or an index is
+                out of range, unsorted or repeated.
+            DeviceError: the parts are on different devices, or where the format has no kernels.
         """
+        check_parts(self._parts, self.part_names, self.name, self.index_dtypes)
+        if self.cpu_only:
+            check_on_cpu(self._parts[0], self.name)
+        self._check_lengths()
+        if full:
+            self._check_indices()
+
+    @abstractmethod
+    def _check_lengths(self) -> None:
+        """Ranks and lengths of the parts, whose types are right."""
+
+    @abstractmethod
+    def _check_indices(self) -> None:
+        """Every index, where the lengths are right."""
 
 
 def compress(kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -7,10 +7,10 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from typing_extensions import Self
 
 from sparselt.errors import FormatError, explain_mismatch
-from sparselt.formats.checks import check_fits_int32, kept_weights
+from sparselt.formats.base import Part
+from sparselt.formats.checks import check_fits_int32, check_shapes
 from sparselt.formats.patches import CHUNK, LANES, PLACES, Patches, chunk_places
 
 __all__ = ["Bitmask"]
@@ -41,12 +41,9 @@ class Bitmask(Patches):
 
     name: ClassVar[str] = "bitmask"
     part_names: ClassVar[tuple[str, ...]] = ("chunk_offsets", "counts", "masks", "values")
-    index_dtype: ClassVar[torch.dtype] = torch.int32
+    index_dtypes: ClassVar[dict[str, torch.dtype]] = {"counts": torch.uint8}
 
-    @property
-    def masks(self) -> Tensor:
-        """(groups, 2, 32, 4) int32."""
-        return self._parts[2]
+    masks = Part(2)
 
     @property
     def nnz(self) -> int:
@@ -54,30 +51,9 @@ class Bitmask(Patches):
         return int(self._bits().sum())
 
     @classmethod
-    def from_dense(
-        cls, weight: Tensor, mask: Tensor | None = None, block: tuple[int, int] | None = None
-    ) -> Self:
-        """Pack the kept weights; runs on the weight's device.
-
-        Args:
-            weight: (M, K), (C_out, C_in/groups, S) or (C_out, C_in/groups, R, S); float32, float16
-                or bfloat16 (both exact in float32), any strides.
-            mask: the same shape, bool or 0/1; a kept 0.0 stays stored. None means `weight != 0`.
-            block: None or (4, 64).
-
-        Returns:
-            The packed weight, on the weight's device.
-
-        Raises:
-            DtypeError, ShapeError, DeviceError, FormatError: what was given is none of the above.
-
-        Example:
-            >>> import torch
-            >>> Bitmask.from_dense(torch.ones(2, 6)).values.shape
-            torch.Size([2, 4, 2])
-        """
-        block = cls.check_block(block)
-        dense, kept = kept_weights(weight, mask)
+    def _pack(
+        cls, dense: Tensor, kept: Tensor, shape: tuple[int, ...], block: tuple[int, int]
+    ) -> tuple[Tensor, ...]:
         rows, cols = kept.nonzero().unbind(1)
         check_fits_int32(2 * CHUNK * rows.numel())
         slots, places = cls._slots_and_places(rows, cols, dense.shape[1])
@@ -94,8 +70,7 @@ class Bitmask(Patches):
         starts = torch.zeros(groups + 1, dtype=torch.int32, device=dense.device)
         starts[1:] = chunks.view(-1, LANES).sum(1).cumsum(0)
         counts = chunks.view(-1, LANES).to(torch.uint8)
-        parts = (starts, counts, masks, values.view(-1, CHUNK, 2))
-        return cls._trusted(parts, tuple(weight.shape), block)
+        return starts, counts, masks, values.view(-1, CHUNK, 2)
 
     def _bits(self) -> Tensor:
         """(groups * 32, 256) bool, a row a patch."""
@@ -103,24 +78,21 @@ class Bitmask(Patches):
         shifts = torch.arange(32, dtype=torch.int32, device=self.device)
         return (words >> shifts & 1).bool().view(-1, PLACES)
 
-    def _stored(self) -> tuple[Tensor, Tensor, Tensor]:
+    def _entries(self) -> tuple[Tensor, Tensor, Tensor]:
         slots, places = self._bits().nonzero().unbind(1)
         order = torch.argsort(2 * slots + places % 2, stable=True)
         slots, places = slots[order], places[order]
         return slots, places, _numbers(slots, places, self.groups)[1]
 
-    def validate(self, full: bool = True) -> None:
-        """Check types and lengths, with `full` every index; see `SparseWeight.validate`."""
-        values = self._parts[-1]
-        chunks = values.shape[0] if isinstance(values, Tensor) and values.dim() else 0
-        groups = self.groups
-        self._check_lengths(
-            ((groups + 1,), (groups, LANES), (groups, 2, LANES, 4), (chunks, CHUNK, 2))
-        )
-        if not full:
-            return
+    def _check_lengths(self) -> None:
+        chunks = self.values.shape[0] if self.values.dim() else 0
+        groups, names = self.groups, self.part_names
+        masks, values = (groups, 2, LANES, 4), (chunks, CHUNK, 2)
+        check_shapes(self._parts, names, (groups + 1,), (groups, LANES), masks, values)
+
+    def _check_indices(self) -> None:
         slots, places = self._bits().nonzero().unbind(1)
-        if not torch.equal(_chunks(slots, places, groups)[0], self.counts.view(-1).long()):
+        if not torch.equal(_chunks(slots, places, self.groups)[0], self.counts.view(-1).long()):
             raise FormatError(explain_mismatch("counts", "the chunks that masks need", "others"))
         self._check_chunks()
         self._check_inside(slots, places)

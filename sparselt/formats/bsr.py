@@ -12,14 +12,9 @@ from torch.nn.functional import pad
 from typing_extensions import Self
 
 from sparselt.errors import FormatError, explain_mismatch
-from sparselt.formats.base import SparseWeight, compress, entry_rows
-from sparselt.formats.checks import (
-    check_compressed_indices,
-    check_compressed_lengths,
-    check_fits_int32,
-    check_parts,
-    kept_weights,
-)
+from sparselt.formats.base import compress, entry_rows
+from sparselt.formats.checks import check_fits_int32
+from sparselt.formats.compressed import Compressed
 
 __all__ = ["BSR", "MAX_BLOCK"]
 
@@ -28,7 +23,7 @@ MAX_BLOCK = (
 )
 
 
-class BSR(SparseWeight):
+class BSR(Compressed):
     """Block sparse rows: every block that holds a kept weight is stored whole, zeros included.
 
     Parts:
@@ -45,32 +40,6 @@ class BSR(SparseWeight):
     """
 
     name: ClassVar[str] = "bsr"
-    part_names: ClassVar[tuple[str, ...]] = ("crow_indices", "col_indices", "values")
-
-    @property
-    def crow_indices(self) -> Tensor:
-        """(block rows + 1) int32 offsets."""
-        return self._parts[0]
-
-    @property
-    def col_indices(self) -> Tensor:
-        """(num_blocks) int32 block columns."""
-        return self._parts[1]
-
-    @property
-    def values(self) -> Tensor:
-        """(num_blocks, block_rows, block_cols) float32."""
-        return self._parts[2]
-
-    @property
-    def nnz(self) -> int:
-        """Number of stored values: blocks times the size of a block, padding included."""
-        return self.values.numel()
-
-    @property
-    def block_grid(self) -> tuple[int, int]:
-        """Number of block rows and block columns that cover the matrix."""
-        return -(-self.rows // self.block[0]), -(-self.cols // self.block[1])
 
     @classmethod
     def check_block(cls, block: tuple[int, int] | None) -> tuple[int, int]:
@@ -116,37 +85,13 @@ class BSR(SparseWeight):
         return cls(parts, shape, block)
 
     @classmethod
-    def from_dense(
-        cls, weight: Tensor, mask: Tensor | None = None, block: tuple[int, int] | None = None
-    ) -> Self:
-        """Pack every block that holds a kept weight.
-
-        Args:
-            weight: (M, K), (C_out, C_in/groups, S) or (C_out, C_in/groups, R, S); float32, float16
-                or bfloat16 (both exact in float32), any strides.
-            mask: the same shape, bool or 0/1; a block with a kept 0.0 stays stored. None means
-                `weight != 0`.
-            block: (block_rows, block_cols) of the flattened (M, K) matrix, each from 1 to 1024 and
-                free to not divide it; None means (4, 1).
-
-        Returns:
-            The packed weight, on the weight's device.
-
-        Raises:
-            DtypeError, ShapeError, DeviceError, FormatError: what was given is none of the above.
-
-        Example:
-            >>> import torch
-            >>> BSR.from_dense(torch.eye(4), block=(4, 1)).values.shape
-            torch.Size([4, 4, 1])
-        """
-        block_rows, block_cols = block = cls.check_block(block)
-        dense, kept = kept_weights(weight, mask)
-        rows, cols = dense.shape
+    def _pack(
+        cls, dense: Tensor, kept: Tensor, shape: tuple[int, ...], block: tuple[int, int]
+    ) -> tuple[Tensor, ...]:
+        (rows, cols), (block_rows, block_cols) = dense.shape, block
         grid_rows, grid_cols = -(-rows // block_rows), -(-cols // block_cols)
         overhang = (0, grid_cols * block_cols - cols, 0, grid_rows * block_rows - rows)
-        if mask is not None:
-            dense = dense.masked_fill(~kept, 0.0)
+        dense = dense.masked_fill(~kept, 0.0)
         if any(overhang):
             dense, kept = pad(dense, overhang), pad(kept, overhang)
         tiled = (grid_rows, block_rows, grid_cols, block_cols)
@@ -157,38 +102,14 @@ class BSR(SparseWeight):
             values = dense.view(tiled)[positions // grid_cols, :, positions % grid_cols]
         else:
             values = dense.new_zeros(0, block_rows, block_cols)
-        return cls._trusted((crow, col, values.contiguous()), tuple(weight.shape), block)
+        return crow, col, values.contiguous()
 
-    def to_dense(self) -> Tensor:
-        """The dense float32 weight of shape `shape`: stored blocks bit for bit, 0.0 elsewhere."""
-        return self._spread(self.values.float())
-
-    def mask(self) -> Tensor:
-        """Bool tensor of shape `shape`: True inside every stored block, kept weight or not."""
-        return self._spread(torch.ones((), dtype=torch.bool, device=self.device))
-
-    def _spread(self, blocks: Tensor) -> Tensor:
+    def _spread(self, values: Tensor) -> Tensor:
         grid_rows, grid_cols = self.block_grid
         block_rows, block_cols = self.block
-        tiles = blocks.new_zeros(grid_rows, block_rows, grid_cols, block_cols)
+        tiles = values.new_zeros(grid_rows, block_rows, grid_cols, block_cols)
         rows = entry_rows(self.crow_indices, self.col_indices.numel())
         if rows.numel():
-            tiles[rows, :, self.col_indices.long()] = blocks
+            tiles[rows, :, self.col_indices.long()] = values
         padded = tiles.view(grid_rows * block_rows, grid_cols * block_cols)
         return padded[: self.rows, : self.cols].contiguous().view(self.shape)
-
-    def validate(self, full: bool = True) -> None:
-        """Check types, ranks and lengths, with `full` every index; see `SparseWeight.validate`."""
-        check_parts(self._parts, self.part_names, self.name)
-        grid_rows, grid_cols = self.block_grid
-        check_compressed_lengths(self.crow_indices, self.col_indices, grid_rows)
-        expected = (self.col_indices.numel(), *self.block)
-        if self.values.shape != expected:
-            raise FormatError(
-                explain_mismatch(
-                    "values", f"shape {expected}, (blocks, *block)", tuple(self.values.shape)
-                )
-            )
-        check_fits_int32(self.nnz)
-        if full:
-            check_compressed_indices(self.crow_indices, self.col_indices, grid_cols)

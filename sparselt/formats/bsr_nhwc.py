@@ -10,17 +10,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from typing_extensions import Self
 
 from sparselt.errors import FormatError, explain_mismatch
-from sparselt.formats.base import SparseWeight
 from sparselt.formats.bsr import BSR
-from sparselt.formats.checks import check_parts, kept_weights
 
 __all__ = ["ChannelsLastBSR"]
 
 
-class ChannelsLastBSR(SparseWeight):
+class ChannelsLastBSR(BSR):
     """Block sparse filters for channels-last (NHWC) maps: a block lies under one tap (r, s).
 
     The filters (M, C, R, S) are seen as a matrix whose columns go tap by tap, and within a tap
@@ -45,27 +42,6 @@ class ChannelsLastBSR(SparseWeight):
     """
 
     name: ClassVar[str] = "bsr_nhwc"
-    part_names: ClassVar[tuple[str, ...]] = ("crow_indices", "col_indices", "values")
-
-    @property
-    def crow_indices(self) -> Tensor:
-        """(block rows + 1) int32 offsets."""
-        return self._parts[0]
-
-    @property
-    def col_indices(self) -> Tensor:
-        """(num_blocks, 2) int32: tap and block of channels."""
-        return self._parts[1]
-
-    @property
-    def values(self) -> Tensor:
-        """(num_blocks, block_rows, block_cols) float32."""
-        return self._parts[2]
-
-    @property
-    def nnz(self) -> int:
-        """Number of stored values: blocks times the size of a block, padding included."""
-        return self.values.numel()
 
     @property
     def taps(self) -> int:
@@ -83,39 +59,13 @@ class ChannelsLastBSR(SparseWeight):
         return (64, 64) if block is None else BSR.check_block(block)
 
     @classmethod
-    def from_dense(
-        cls, weight: Tensor, mask: Tensor | None = None, block: tuple[int, int] | None = None
-    ) -> Self:
-        """Pack every block that holds a kept weight.
-
-        Args:
-            weight: (M, K), (C_out, C_in/groups, S) or (C_out, C_in/groups, R, S); float32, float16
-                or bfloat16 (both exact in float32), any strides.
-            mask: the same shape, bool or 0/1; a block with a kept 0.0 stays stored. None means
-                `weight != 0`.
-            block: (filters, channels), each from 1 to 1024; None means (64, 64).
-
-        Returns:
-            The packed weight, on the weight's device.
-
-        Raises:
-            DtypeError, ShapeError, DeviceError, FormatError: what was given is none of the above.
-
-        Example:
-            >>> import torch
-            >>> ChannelsLastBSR.from_dense(torch.ones(4, 3, 3, 3), block=(4, 8)).values.shape
-            torch.Size([9, 4, 8])
-        """
-        block = cls.check_block(block)
-        dense, kept = kept_weights(weight, mask)
-        shape = tuple(weight.shape)
-        flat = BSR.from_dense(
-            _by_taps(dense, shape, block[1]), _by_taps(kept, shape, block[1]), block
-        )
+    def _pack(
+        cls, dense: Tensor, kept: Tensor, shape: tuple[int, ...], block: tuple[int, int]
+    ) -> tuple[Tensor, ...]:
+        by_taps = [_by_taps(matrix, shape, block[1]) for matrix in (dense, kept)]
+        crow, col, values = BSR._pack(by_taps[0], by_taps[1], shape, block)
         per_tap = max(-(-shape[1] // block[1]), 1)
-        col = flat.col_indices
-        places = torch.stack((col // per_tap, col % per_tap), 1)
-        return cls._trusted((flat.crow_indices, places, flat.values), shape, block)
+        return crow, torch.stack((col // per_tap, col % per_tap), 1), values
 
     def _flat(self) -> BSR:
         """The matrix (M, taps * channels in whole blocks) as plain blocks."""
@@ -124,31 +74,25 @@ class ChannelsLastBSR(SparseWeight):
         parts = (self.crow_indices, tap * self.channel_blocks + channel, self.values)
         return BSR._trusted(parts, (self.shape[0], columns), self.block)
 
-    def _unfold(self, flat: Tensor) -> Tensor:
+    def _spread(self, values: Tensor) -> Tensor:
         rows, channels = self.shape[:2]
-        by_taps = flat.view(rows, self.taps, self.channel_blocks * self.block[1])
+        by_taps = self._flat()._spread(values)
+        by_taps = by_taps.view(rows, self.taps, self.channel_blocks * self.block[1])
         return by_taps[..., :channels].transpose(1, 2).contiguous().view(self.shape)
 
-    def to_dense(self) -> Tensor:
-        """The dense float32 weight of shape `shape`: stored blocks bit for bit, 0.0 elsewhere."""
-        return self._unfold(self._flat().to_dense())
-
-    def mask(self) -> Tensor:
-        """Bool tensor of shape `shape`: True inside every stored block, kept weight or not."""
-        return self._unfold(self._flat().mask())
-
-    def validate(self, full: bool = True) -> None:
-        """Check types, ranks and lengths, with `full` every index; see `SparseWeight.validate`."""
-        check_parts(self._parts, self.part_names, self.name)
+    def _check_lengths(self) -> None:
         blocks = self.values.shape[0] if self.values.dim() else 0
         if self.col_indices.shape != (blocks, 2):
             got = tuple(self.col_indices.shape)
             raise FormatError(
                 explain_mismatch("col_indices", f"shape ({blocks}, 2), (blocks, place)", got)
             )
+        self._flat()
+
+    def _check_indices(self) -> None:
         limits = self.col_indices.new_tensor([self.taps, self.channel_blocks])
         outside = (self.col_indices < 0) | (self.col_indices >= limits)
-        if full and bool(outside.any()):
+        if bool(outside.any()):
             expected = f"taps from 0 to {self.taps - 1} and blocks of channels from 0 to "
             raise FormatError(
                 explain_mismatch(
@@ -157,7 +101,7 @@ class ChannelsLastBSR(SparseWeight):
                     self.col_indices[outside.any(1)][0].tolist(),
                 )
             )
-        self._flat().validate(full)
+        self._flat()._check_indices()
 
 
 def _by_taps(matrix: Tensor, shape: Sequence[int], block_cols: int) -> Tensor:

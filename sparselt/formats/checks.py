@@ -8,7 +8,7 @@ what was expected, what was found and what to do about it.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ __all__ = [
     "check_on_cpu",
     "check_parts",
     "check_shape",
+    "check_shapes",
     "check_values_dtype",
     "kept_weights",
 ]
@@ -152,8 +153,19 @@ def check_fits_int32(nnz: int) -> None:
         )
 
 
-def check_parts(parts: tuple[Any, ...], names: tuple[str, ...], format_name: str) -> None:
-    """Count, types, ranks of index parts, contiguity and device of (crow, col, values) parts.
+def check_parts(
+    parts: tuple[Any, ...],
+    names: tuple[str, ...],
+    format_name: str,
+    index_dtypes: Mapping[str, torch.dtype],
+) -> None:
+    """Count, types, contiguity and device of a weight's parts, of which the last are the values.
+
+    Args:
+        parts: to check.
+        names: that they should have.
+        format_name: for the message.
+        index_dtypes: of parts by name, int32 for those that are not there.
 
     Raises:
         FormatError, DtypeError, DeviceError: a part is not as the format says.
@@ -167,11 +179,13 @@ def check_parts(parts: tuple[Any, ...], names: tuple[str, ...], format_name: str
     for part, name in zip(parts, names, strict=True):
         if not isinstance(part, Tensor):
             raise DtypeError(explain_mismatch(name, "a torch.Tensor", type(part).__name__))
-        if name == "values":
+        dtype = index_dtypes.get(name, torch.int32)
+        if part is parts[-1]:
             check_values_dtype(part)
-        elif part.dtype != torch.int32:
-            hint = "convert it with .to(torch.int32)"
-            raise DtypeError(explain_mismatch(name, torch.int32, part.dtype, hint))
+        elif part.dtype != dtype:
+            raise DtypeError(
+                explain_mismatch(name, dtype, part.dtype, f"convert it with .to({dtype})")
+            )
         if part.layout != torch.strided or not part.is_contiguous():
             raise FormatError(
                 explain_mismatch(
@@ -187,6 +201,17 @@ def check_parts(parts: tuple[Any, ...], names: tuple[str, ...], format_name: str
                     "use .to(device)",
                 )
             )
+
+
+def check_shapes(parts: tuple[Tensor, ...], names: tuple[str, ...], *shapes: Sequence[int]) -> None:
+    """Shapes of parts, in their order.
+
+    Raises:
+        FormatError: a part has another shape.
+    """
+    for part, name, shape in zip(parts, names, shapes, strict=True):
+        if part.shape != torch.Size(shape):
+            raise FormatError(explain_mismatch(name, f"shape {tuple(shape)}", tuple(part.shape)))
 
 
 def check_values_dtype(values: Tensor) -> None:

@@ -7,22 +7,15 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from typing_extensions import Self
 
 from sparselt.errors import FormatError, explain_mismatch
-from sparselt.formats.base import SparseWeight, compress, entry_rows
-from sparselt.formats.checks import (
-    check_compressed_indices,
-    check_compressed_lengths,
-    check_fits_int32,
-    check_parts,
-    kept_weights,
-)
+from sparselt.formats.base import compress, entry_rows
+from sparselt.formats.compressed import Compressed
 
 __all__ = ["CSR"]
 
 
-class CSR(SparseWeight):
+class CSR(Compressed):
     """Compressed sparse rows (any pattern): the kept weights row after row, columns rising.
 
     Parts:
@@ -38,27 +31,6 @@ class CSR(SparseWeight):
     """
 
     name: ClassVar[str] = "csr"
-    part_names: ClassVar[tuple[str, ...]] = ("crow_indices", "col_indices", "values")
-
-    @property
-    def crow_indices(self) -> Tensor:
-        """(M + 1) int32 row offsets."""
-        return self._parts[0]
-
-    @property
-    def col_indices(self) -> Tensor:
-        """(nnz) int32 columns."""
-        return self._parts[1]
-
-    @property
-    def values(self) -> Tensor:
-        """(nnz) float32 kept weights."""
-        return self._parts[2]
-
-    @property
-    def nnz(self) -> int:
-        """Number of stored values, which is the number of kept weights."""
-        return self.values.numel()
 
     @classmethod
     def check_block(cls, block: tuple[int, int] | None) -> tuple[int, int]:
@@ -72,60 +44,15 @@ class CSR(SparseWeight):
         return (1, 1)
 
     @classmethod
-    def from_dense(
-        cls, weight: Tensor, mask: Tensor | None = None, block: tuple[int, int] | None = None
-    ) -> Self:
-        """Pack the kept weights.
-
-        Args:
-            weight: (M, K), (C_out, C_in/groups, S) or (C_out, C_in/groups, R, S); float32, float16
-                or bfloat16 (both exact in float32), any strides.
-            mask: the same shape, bool or 0/1; a kept 0.0 stays stored. None means `weight != 0`.
-            block: None.
-
-        Returns:
-            The packed weight, on the weight's device.
-
-        Raises:
-            DtypeError, ShapeError, DeviceError, FormatError: what was given is none of the above.
-
-        Example:
-            >>> import torch
-            >>> CSR.from_dense(torch.eye(3)).nnz
-            3
-        """
-        block = cls.check_block(block)
-        dense, kept = kept_weights(weight, mask)
+    def _pack(
+        cls, dense: Tensor, kept: Tensor, shape: tuple[int, ...], block: tuple[int, int]
+    ) -> tuple[Tensor, ...]:
         crow, col, positions = compress(kept)
-        return cls._trusted((crow, col, dense.view(-1)[positions]), tuple(weight.shape), block)
+        return crow, col, dense.view(-1)[positions]
 
-    def to_dense(self) -> Tensor:
-        """The dense float32 weight of shape `shape`: kept values bit for bit, 0.0 elsewhere."""
-        dense = torch.zeros(self.rows * self.cols, device=self.device)
-        dense[self._positions()] = self.values.float()
-        return dense.view(self.shape)
+    def _stored(self) -> tuple[Tensor, Tensor]:
+        rows = entry_rows(self.crow_indices, self.nnz)
+        return rows * self.cols + self.col_indices, torch.arange(self.nnz, device=self.device)
 
-    def mask(self) -> Tensor:
-        """Bool tensor of shape `shape`: True where a weight is kept."""
-        kept = torch.zeros(self.rows * self.cols, dtype=torch.bool, device=self.device)
-        kept[self._positions()] = True
-        return kept.view(self.shape)
-
-    def _positions(self) -> Tensor:
-        return entry_rows(self.crow_indices, self.nnz) * self.cols + self.col_indices
-
-    def validate(self, full: bool = True) -> None:
-        """Check types, ranks and lengths, with `full` every index; see `SparseWeight.validate`."""
-        check_parts(self._parts, self.part_names, self.name)
-        check_compressed_lengths(self.crow_indices, self.col_indices, self.rows)
-        if self.values.shape != self.col_indices.shape:
-            raise FormatError(
-                explain_mismatch(
-                    "values",
-                    f"shape ({self.col_indices.numel()},), the length of col_indices",
-                    tuple(self.values.shape),
-                )
-            )
-        check_fits_int32(self.nnz)
-        if full:
-            check_compressed_indices(self.crow_indices, self.col_indices, self.cols)
+    def _values_shape(self) -> tuple[int, ...]:
+        return (self.col_indices.numel(),)

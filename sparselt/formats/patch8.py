@@ -7,10 +7,10 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from typing_extensions import Self
 
 from sparselt.errors import FormatError, explain_mismatch
-from sparselt.formats.checks import check_fits_int32, kept_weights
+from sparselt.formats.base import Part
+from sparselt.formats.checks import check_fits_int32, check_shapes
 from sparselt.formats.patches import CHUNK, LANES, PATCH, PLACES, Patches, chunk_places
 
 __all__ = ["Patch8"]
@@ -37,43 +37,19 @@ class Patch8(Patches):
 
     name: ClassVar[str] = "patch8"
     part_names: ClassVar[tuple[str, ...]] = ("chunk_offsets", "counts", "places", "values")
-    index_dtype: ClassVar[torch.dtype] = torch.uint8
+    index_dtypes: ClassVar[dict[str, torch.dtype]] = {"counts": torch.uint8, "places": torch.uint8}
 
-    @property
-    def places(self) -> Tensor:
-        """(4 * chunks) uint8."""
-        return self._parts[2]
+    places = Part(2)
 
     @property
     def nnz(self) -> int:
         """Number of stored weights, repeats not counted; walks the lists."""
-        return int(self._stored()[0].numel())
+        return self._entries()[0].numel()
 
     @classmethod
-    def from_dense(
-        cls, weight: Tensor, mask: Tensor | None = None, block: tuple[int, int] | None = None
-    ) -> Self:
-        """Pack the kept weights; runs on the weight's device.
-
-        Args:
-            weight: (M, K), (C_out, C_in/groups, S) or (C_out, C_in/groups, R, S); float32, float16
-                or bfloat16 (both exact in float32), any strides.
-            mask: the same shape, bool or 0/1; a kept 0.0 stays stored. None means `weight != 0`.
-            block: None or (4, 64).
-
-        Returns:
-            The packed weight, on the weight's device.
-
-        Raises:
-            DtypeError, ShapeError, DeviceError, FormatError: what was given is none of the above.
-
-        Example:
-            >>> import torch
-            >>> Patch8.from_dense(torch.ones(2, 6)).values.shape
-            torch.Size([4, 4])
-        """
-        block = cls.check_block(block)
-        dense, kept = kept_weights(weight, mask)
+    def _pack(
+        cls, dense: Tensor, kept: Tensor, shape: tuple[int, ...], block: tuple[int, int]
+    ) -> tuple[Tensor, ...]:
         rows, cols = kept.nonzero().unbind(1)
         check_fits_int32(CHUNK * rows.numel())
         slots, places = cls._slots_and_places(rows, cols, dense.shape[1])
@@ -95,11 +71,11 @@ class Patch8(Patches):
         values[target] = dense[rows, cols][order][source]
         starts = torch.zeros(groups + 1, dtype=torch.int32, device=dense.device)
         starts[1:] = chunks.view(-1, LANES).sum(1).cumsum(0)
-        parts = (starts, chunks.view(-1, LANES).to(torch.uint8), packed, values.view(-1, CHUNK))
-        return cls._trusted(parts, tuple(weight.shape), block)
+        counts = chunks.view(-1, LANES).to(torch.uint8)
+        return starts, counts, packed, values.view(-1, CHUNK)
 
-    def _entries(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Slot, place and number of each entry, list after list."""
+    def _listed(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Slot, place and number of each entry, list after list, repeats included."""
         chunks = self.counts.view(-1).long()
         first, stored = chunk_places(chunks)
         owner = torch.repeat_interleave(CHUNK * chunks)
@@ -107,24 +83,23 @@ class Patch8(Patches):
         numbers = CHUNK * stored[first[owner] + entry // CHUNK] + entry % CHUNK
         return owner, self.places[numbers].long(), numbers
 
-    def _stored(self) -> tuple[Tensor, Tensor, Tensor]:
-        slots, places, numbers = self._entries()
+    def _entries(self) -> tuple[Tensor, Tensor, Tensor]:
+        slots, places, numbers = self._listed()
         fresh = torch.ones_like(slots, dtype=torch.bool)
         fresh[1:] = (slots[1:] != slots[:-1]) | (places[1:] != places[:-1])
         return slots[fresh], places[fresh], numbers[fresh]
 
-    def validate(self, full: bool = True) -> None:
-        """Check types and lengths, with `full` every index; see `SparseWeight.validate`."""
-        values = self._parts[-1]
-        chunks = values.shape[0] if isinstance(values, Tensor) and values.dim() else 0
-        groups = self.groups
-        self._check_lengths(((groups + 1,), (groups, LANES), (CHUNK * chunks,), (chunks, CHUNK)))
-        if not full:
-            return
+    def _check_lengths(self) -> None:
+        chunks = self.values.shape[0] if self.values.dim() else 0
+        groups, names = self.groups, self.part_names
+        shapes = ((groups + 1,), (groups, LANES), (CHUNK * chunks,), (chunks, CHUNK))
+        check_shapes(self._parts, names, *shapes)
+
+    def _check_indices(self) -> None:
         self._check_chunks()
-        if int(self.counts.max() if groups else 0) > PLACES // CHUNK:
+        if int(self.counts.max() if self.groups else 0) > PLACES // CHUNK:
             raise FormatError(explain_mismatch("counts", f"at most {PLACES // CHUNK}", "more"))
-        slots, places, numbers = self._entries()
+        slots, places, numbers = self._listed()
         self._check_inside(slots, places)
         together = slots[1:] == slots[:-1]
         values = self.values.view(-1)[numbers].view(torch.uint8).view(-1, self.values.itemsize)

@@ -9,14 +9,11 @@ neighbouring columns first, then the rows, then the pairs.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
-
 import torch
 from torch import Tensor
 
-from sparselt.errors import DeviceError, DtypeError, FormatError, explain_mismatch
-from sparselt.formats.base import SparseWeight
-from sparselt.formats.checks import check_values_dtype
+from sparselt.errors import FormatError, explain_mismatch
+from sparselt.formats.base import Part, SparseWeight
 
 __all__ = ["CHUNK", "LANES", "PATCH", "PLACES", "Patches", "chunk_places"]
 
@@ -39,22 +36,8 @@ class Patches(SparseWeight):
     and end with the values, a chunk a row.
     """
 
-    index_dtype: ClassVar[torch.dtype]
-
-    @property
-    def chunk_offsets(self) -> Tensor:
-        """(groups + 1) int32."""
-        return self._parts[0]
-
-    @property
-    def counts(self) -> Tensor:
-        """(groups, 32) uint8."""
-        return self._parts[1]
-
-    @property
-    def values(self) -> Tensor:
-        """A chunk a row, float32; on CUDA also float16 or bfloat16."""
-        return self._parts[3]
+    chunk_offsets = Part(0)
+    counts = Part(1)
 
     @property
     def groups(self) -> int:
@@ -68,25 +51,14 @@ class Patches(SparseWeight):
             raise FormatError(explain_mismatch("block", f"None or {PATCH}", repr(block)))
         return PATCH
 
-    def to_dense(self) -> Tensor:
-        """The dense float32 weight of shape `shape`: kept values bit for bit, 0.0 elsewhere."""
-        dense = torch.zeros(self.rows * self.cols, device=self.device)
-        slots, places, entries = self._stored()
-        row, column = self._position(slots, places)
-        dense[row * self.cols + column] = self.values.reshape(-1)[entries].float()
-        return dense.view(self.shape)
-
-    def mask(self) -> Tensor:
-        """Bool tensor of shape `shape`: True where a weight is kept."""
-        kept = torch.zeros(self.rows * self.cols, dtype=torch.bool, device=self.device)
-        slots, places, _ = self._stored()
-        row, column = self._position(slots, places)
-        kept[row * self.cols + column] = True
-        return kept.view(self.shape)
-
-    def _stored(self) -> tuple[Tensor, Tensor, Tensor]:
+    def _entries(self) -> tuple[Tensor, Tensor, Tensor]:
         """Of each stored weight: its slot, its place and its number among the values."""
         raise NotImplementedError
+
+    def _stored(self) -> tuple[Tensor, Tensor]:
+        slots, places, numbers = self._entries()
+        row, column = self._position(slots, places)
+        return row * self.cols + column, numbers
 
     def _position(self, slots: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
         """Row and column of the matrix; a slot is a lane, numbered through all groups."""
@@ -105,31 +77,6 @@ class Patches(SparseWeight):
         lane = row % 8 * 4 + column // PATCH[1]
         pair = column % PATCH[1] // 4 * 8 + row // 16 * 4 + column % 4 // 2 * 2 + row // 8 % 2
         return group * LANES + lane, 2 * pair + column % 2
-
-    def _check_lengths(self, shapes: tuple[tuple[int, ...], ...]) -> None:
-        """Types, devices and shapes, in the order of the parts."""
-        names = self.part_names
-        if len(self._parts) != len(names):
-            got = f"{len(self._parts)} parts"
-            raise FormatError(explain_mismatch(f"{self.name} parts", ", ".join(names), got))
-        parts: tuple[Any, ...] = self._parts
-        for name, part, shape in zip(names, parts, shapes, strict=True):
-            wanted = self._dtype_of(name)
-            if not isinstance(part, Tensor) or wanted not in (None, part.dtype):
-                got = getattr(part, "dtype", type(part).__name__)
-                raise DtypeError(explain_mismatch(name, wanted or "a torch.Tensor", got))
-            if wanted is None:
-                check_values_dtype(part)
-            if part.layout != torch.strided or not part.is_contiguous():
-                raise FormatError(explain_mismatch(name, "a contiguous tensor", "one that is not"))
-            if part.device != parts[0].device:
-                raise DeviceError(explain_mismatch(name, parts[0].device, part.device))
-            if part.shape != shape:
-                raise FormatError(explain_mismatch(name, f"shape {shape}", tuple(part.shape)))
-
-    def _dtype_of(self, name: str) -> torch.dtype | None:
-        known = {"chunk_offsets": torch.int32, "counts": torch.uint8, "values": None}
-        return known.get(name, self.index_dtype)
 
     def _check_chunks(self) -> None:
         """Offsets must be the sums of the counts, and end with the chunks that are there."""

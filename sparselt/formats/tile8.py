@@ -3,15 +3,15 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from sparselt.errors import DeviceError, DtypeError, FormatError, explain_mismatch
-from sparselt.formats.base import SparseWeight
-from sparselt.formats.checks import check_fits_int32, check_values_dtype, kept_weights
+from sparselt.errors import FormatError, explain_mismatch
+from sparselt.formats.base import Part, SparseWeight
+from sparselt.formats.checks import check_fits_int32, check_shapes
 
 __all__ = ["Tile8"]
 
@@ -48,25 +48,11 @@ class Tile8(SparseWeight):
     name: ClassVar[str] = "tile8"
     part_names: ClassVar[tuple[str, ...]] = ("chunk_offsets", "counts", "offsets", "values")
 
-    @property
-    def chunk_offsets(self) -> Tensor:
-        """(groups + 1) int32."""
-        return self._parts[0]
+    index_dtypes: ClassVar[dict[str, torch.dtype]] = {"counts": torch.uint8, "offsets": torch.uint8}
 
-    @property
-    def counts(self) -> Tensor:
-        """(groups, 32) uint8."""
-        return self._parts[1]
-
-    @property
-    def offsets(self) -> Tensor:
-        """(chunks, 4) uint8."""
-        return self._parts[2]
-
-    @property
-    def values(self) -> Tensor:
-        """(chunks, 4) float32."""
-        return self._parts[3]
+    chunk_offsets = Part(0)
+    counts = Part(1)
+    offsets = Part(2)
 
     @property
     def nnz(self) -> int:
@@ -89,34 +75,29 @@ class Tile8(SparseWeight):
     def from_dense(
         cls, weight: Tensor, mask: Tensor | None = None, block: tuple[int, int] | None = None
     ) -> Self:
-        """Pack the kept weights; runs on the weight's device.
-
-        Args:
-            weight: (M, K), (C_out, C_in/groups, S) or (C_out, C_in/groups, R, S); float32, float16
-                or bfloat16 (both exact in float32), any strides.
-            mask: the same shape, bool or 0/1; a kept 0.0 stays stored. None means `weight != 0`.
-            block: None for panels as wide as a byte allows.
-
-        Returns:
-            The packed weight, on the weight's device.
-
-        Raises:
-            DtypeError, ShapeError, DeviceError, FormatError: what was given is none of the above.
+        """As `SparseWeight.from_dense`; with no block in panels as wide as a byte can count.
 
         Example:
             >>> import torch
             >>> Tile8.from_dense(torch.ones(2, 256)).block
             (32, 128)
         """
-        dense, kept = kept_weights(weight, mask)
+        try:
+            return super().from_dense(weight, mask, block)
+        except _FullPanelError:
+            return super().from_dense(weight, mask, (SLICE_ROWS, PANEL_COLS // 2))
+
+    @classmethod
+    def _pack(
+        cls, dense: Tensor, kept: Tensor, shape: tuple[int, ...], block: tuple[int, int]
+    ) -> tuple[Tensor, ...]:
         rows, cols = kept.nonzero().unbind(1)
         check_fits_int32(CHUNK * rows.numel())
-        block = cls.check_block(block)
         group_rows = _group_rows(rows, cols, dense.shape[1], block)
         slots = _number_of_groups(dense.shape[0], dense.shape[1], block) * SLICE_ROWS
         counts = torch.bincount(group_rows, minlength=slots)
         if rows.numel() and int(counts.max()) > MOST_COUNTED:
-            return cls.from_dense(weight, mask, (SLICE_ROWS, PANEL_COLS // 2))
+            raise _FullPanelError
 
         # Lanes of a step read x at their offsets together: each begins at a bank of its own and
         # goes round, so that they meet as few others as their patterns allow.
@@ -133,29 +114,14 @@ class Tile8(SparseWeight):
         values[place] = dense[rows[order], cols[order]]
         starts = torch.zeros(counts.numel() // SLICE_ROWS + 1, dtype=torch.int32).to(dense.device)
         starts[1:] = chunks.view(-1, SLICE_ROWS).sum(1).cumsum(0)
-        parts = (
+        return (
             starts,
             counts.view(-1, SLICE_ROWS).to(torch.uint8),
             offsets.view(-1, CHUNK),
             values.view(-1, CHUNK),
         )
-        return cls._trusted(parts, tuple(weight.shape), block)
 
-    def to_dense(self) -> Tensor:
-        """The dense float32 weight of shape `shape`: kept values bit for bit, 0.0 elsewhere."""
-        dense = torch.zeros(self.rows * self.cols, device=self.device)
-        places, positions = self._places_and_positions()
-        dense[positions] = self.values.view(-1)[places].float()
-        return dense.view(self.shape)
-
-    def mask(self) -> Tensor:
-        """Bool tensor of shape `shape`: True where a weight is kept."""
-        kept = torch.zeros(self.rows * self.cols, dtype=torch.bool, device=self.device)
-        kept[self._places_and_positions()[1]] = True
-        return kept.view(self.shape)
-
-    def _places_and_positions(self) -> tuple[Tensor, Tensor]:
-        """Where each stored weight is among the values, and in the flattened dense matrix."""
+    def _stored(self) -> tuple[Tensor, Tensor]:
         counts = self.counts.view(-1).long()
         group_rows = torch.repeat_interleave(counts)
         places = _places(counts, group_rows)
@@ -163,40 +129,13 @@ class Tile8(SparseWeight):
         group, lane = group_rows // SLICE_ROWS, group_rows % SLICE_ROWS
         row = group // panels * SLICE_ROWS + lane
         column = group % panels * self.block[1] + self.offsets.view(-1)[places].long()
-        return places, row * self.cols + column
+        return row * self.cols + column, places
 
-    def validate(self, full: bool = True) -> None:
-        """Check types and lengths, with `full` every index; see `SparseWeight.validate`."""
-        self._check_types()
+    def _check_lengths(self) -> None:
         groups = _number_of_groups(self.rows, self.cols, self.block)
         chunks = self.values.shape[0] if self.values.dim() else 0
-        for name, part, shape in zip(
-            self.part_names,
-            self._parts,
-            ((groups + 1,), (groups, SLICE_ROWS), (chunks, CHUNK), (chunks, CHUNK)),
-            strict=True,
-        ):
-            if part.shape != shape:
-                raise FormatError(explain_mismatch(name, f"shape {shape}", tuple(part.shape)))
-        if full:
-            self._check_indices()
-
-    def _check_types(self) -> None:
-        if len(self._parts) != len(self.part_names):
-            names = ", ".join(self.part_names)
-            raise FormatError(explain_mismatch("tile8 parts", names, f"{len(self._parts)} parts"))
-        dtypes = (torch.int32, torch.uint8, torch.uint8, None)
-        parts: tuple[Any, ...] = self._parts
-        for name, part, dtype in zip(self.part_names, parts, dtypes, strict=True):
-            if not isinstance(part, Tensor) or dtype not in (None, part.dtype):
-                got = getattr(part, "dtype", type(part).__name__)
-                raise DtypeError(explain_mismatch(name, dtype or "a torch.Tensor", got))
-            if dtype is None:
-                check_values_dtype(part)
-            if part.layout != torch.strided or not part.is_contiguous():
-                raise FormatError(explain_mismatch(name, "a contiguous tensor", "one that is not"))
-            if part.device != parts[0].device:
-                raise DeviceError(explain_mismatch(name, parts[0].device, part.device))
+        lists, entries = (groups, SLICE_ROWS), (chunks, CHUNK)
+        check_shapes(self._parts, self.part_names, (groups + 1,), lists, entries, entries)
 
     def _check_indices(self) -> None:
         chunks = (self.counts.long() + CHUNK - 1) // CHUNK
@@ -231,6 +170,10 @@ class Tile8(SparseWeight):
             raise FormatError(
                 explain_mismatch("offsets", "each column once in a row", "one of them twice")
             )
+
+
+class _FullPanelError(Exception):
+    """A row fills a panel, which a byte cannot count."""
 
 
 def _number_of_groups(rows: int, cols: int, block: tuple[int, int]) -> int:
