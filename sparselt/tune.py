@@ -16,8 +16,6 @@ import copy
 import math
 import os
 import platform
-import statistics
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
@@ -29,6 +27,7 @@ from torch import Tensor, nn
 
 from sparselt import ops
 from sparselt.candidate_calls import CandidateCalls
+from sparselt.cpu_timer import is_settled, measure
 from sparselt.cuda_timer import measure_on_cuda
 from sparselt.extension import build_id
 from sparselt.facts import facts_of, forced_kernel
@@ -44,23 +43,13 @@ from sparselt.plan import (
 )
 from sparselt.tune_cache import TimesCache
 
-__all__ = ["Tuner", "cache_bytes", "machine", "measure"]
+__all__ = ["Tuner", "cache_bytes", "machine"]
 
-# Rounds and time spent on the candidates of one layer.
-_BUDGET_MS = 6.0
-_MIN_ROUNDS = 3
-_MAX_ROUNDS = 40
-# Where other programs disturb the clock, at least so many rounds, and up to so many budgets.
-_DOUBTFUL_ROUNDS = 5
-_PATIENCE = 4
-_STEADY = 1.3
 # A candidate that is not faster by this share does not replace what there is.
 _MARGIN = 0.05
 # Densities within 5 % of each other are one kind of layer.
 _KINDS_A_FACTOR_OF_E = 20
 _ROWS_SAMPLED = 128
-# From this length of a call on, its spread is small against it and fewer rounds do.
-_LONG_CALL_US = 3000.0
 
 
 @cache
@@ -95,73 +84,6 @@ def machine() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "torch": str(torch.__version__),
     }
-
-
-def measure(
-    calls: Mapping[str, Callable[[], object]],
-    *,
-    prepare: Callable[[], object] | None = None,
-    finish: Callable[[], object] | None = None,
-    budget_ms: float = _BUDGET_MS,
-    spent: dict[str, list[float]] | None = None,
-) -> dict[str, float]:
-    """Times several calls in turns, under inference mode and at torch's current thread count.
-
-    Args:
-        calls: what to time, by name.
-        prepare: run before every timed call, untimed; for example to make caches cold.
-        finish: run after every call and timed with it; waits for a device that works on its own.
-        budget_ms: timed milliseconds to spend on all calls together, up to four times as many
-            where the times scatter too much to tell which is best. At least three rounds are run,
-            two where a call takes milliseconds, five where the times scatter, and at most forty.
-        spent: filled with the microseconds of every single call, by name.
-
-    Returns:
-        The median microseconds of each call, by name.
-
-    Example:
-        >>> sorted(measure({"a": lambda: None, "b": lambda: None}))
-        ['a', 'b']
-    """
-    spent = {} if spent is None else spent
-    spent.update({name: [] for name in calls})
-    order = list(calls.items())
-    with torch.inference_mode():
-        for _, call in order:
-            call()
-        if finish is not None:
-            finish()
-        total, rounds = 0.0, 0
-        while rounds < _MAX_ROUNDS:
-            # Every second round runs backwards: the one that comes first is not always the same.
-            for name, call in order if rounds % 2 == 0 else reversed(order):
-                if prepare is not None:
-                    prepare()
-                begin = time.perf_counter_ns()
-                call()
-                if finish is not None:
-                    finish()
-                us = (time.perf_counter_ns() - begin) / 1e3
-                spent[name].append(us)
-                total += us
-            rounds += 1
-            settled = _is_settled(list(spent.values()))
-            least = _MIN_ROUNDS - (total / rounds > _LONG_CALL_US) if settled else _DOUBTFUL_ROUNDS
-            if rounds >= least and total >= 1e3 * budget_ms * (1 if settled else _PATIENCE):
-                break
-    return {name: statistics.median(times) for name, times in spent.items()}
-
-
-def _is_settled(times: list[list[float]]) -> bool:
-    """Whether more rounds would change nothing.
-
-    Either every median is near its best, which it is not where other programs interrupt the calls,
-    or one candidate's worst is better than all others' best.
-    """
-    if all(statistics.median(own) <= _STEADY * min(own) for own in times):
-        return True
-    first, *others = sorted(times, key=max)
-    return all(max(first) < min(other) for other in others)
 
 
 class Tuner:
@@ -341,7 +263,7 @@ class Tuner:
             for name, us in times.items():
                 total[name] += us
             finite = all(map(math.isfinite, times.values()))
-            settled = settled and finite and _is_settled(list(spent.values()))
+            settled = settled and finite and is_settled(list(spent.values()))
         return total, settled
 
     def _is_cold_on(self, device: torch.device) -> bool:

@@ -6,7 +6,6 @@ from __future__ import annotations
 import copy
 import json
 import pickle
-import time
 
 import pytest
 import torch
@@ -21,7 +20,7 @@ from sparselt.conversion import PLAN_ATTRIBUTE, densify
 from sparselt.errors import KernelError, OptionError
 from sparselt.nn import SparseConv2d, SparseLayer, SparseLinear
 from sparselt.plan import DENSE, Plan
-from sparselt.tune import Tuner, measure
+from sparselt.tune import Tuner
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")
 
@@ -319,22 +318,6 @@ def test_a_layer_that_stays_dense_keeps_its_plan_through_copies():
     dense = sparselt.convert(nn.Sequential(nn.Linear(4, 4)))
     for twin in (dense, copy.deepcopy(dense), pickle.loads(pickle.dumps(dense))):
         assert isinstance(getattr(twin[0], PLAN_ATTRIBUTE), Plan)
-
-
-def test_measuring_takes_turns_and_prepares_every_call():
-    log = []
-    times = measure(
-        {"a": lambda: log.append("a"), "b": lambda: log.append("b")},
-        prepare=lambda: log.append("-"),
-        budget_ms=0.0,
-    )
-    assert "".join(log).startswith("ab" + "-a-b" + "-b-a" + "-a-b")
-    assert set(times) == {"a", "b"}
-
-
-def test_measuring_tells_a_slow_call_from_a_fast_one():
-    times = measure({"slow": lambda: time.sleep(4e-3), "fast": lambda: None})
-    assert times["slow"] > 4000 > times["fast"]
 
 
 def test_layers_of_a_large_network_are_timed_with_cold_weights():

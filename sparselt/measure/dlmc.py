@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from sparselt import ops
+from sparselt.cpu_timer import measure
 from sparselt.errors import OptionError
 from sparselt.extension import multiply_add_rate
 from sparselt.formats import pack
@@ -35,7 +36,7 @@ from sparselt.measure.suites import DLMC, Layer, random_mask, real_mask
 from sparselt.measure.timer import Timing, interleave
 from sparselt.nn import SPARSE_LAYERS
 from sparselt.plan import DENSE, Facts, Plan, candidates, choose
-from sparselt.tune import Tuner, measure
+from sparselt.tune import Tuner
 
 if TYPE_CHECKING:
     from rich.table import Table

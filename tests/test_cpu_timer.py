@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The clock that choices are made by, on a machine that others disturb."""
+
+from __future__ import annotations
+
+import statistics
+import time
+
+import pytest
+
+from sparselt import cpu_timer
+from sparselt.cpu_timer import is_settled, measure
+
+
+class Machine:
+    """A clock and a count of interruptions that only move when a call says so."""
+
+    def __init__(self) -> None:
+        self.now_ns = 0
+        self.interruptions = 0
+
+    def perf_counter_ns(self) -> int:
+        return self.now_ns
+
+    def call(self, us: float, interrupted: bool = False) -> None:
+        self.now_ns += int(1e3 * us)
+        self.interruptions += interrupted
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
+    machine = Machine()
+    monkeypatch.setattr(cpu_timer, "time", machine)
+    monkeypatch.setattr(cpu_timer, "_interruptions", lambda: machine.interruptions)
+    return machine
+
+
+def test_calls_take_turns_and_each_is_prepared(machine):
+    log = []
+    times = measure(
+        {"a": lambda: log.append("a"), "b": lambda: log.append("b")},
+        prepare=lambda: log.append("-"),
+        budget_ms=0.0,
+    )
+    assert "".join(log) == "ab" + "-a-b" + "-b-a" + "-a-b"
+    assert set(times) == {"a", "b"}
+
+
+def test_a_slow_call_is_told_from_a_fast_one():
+    times = measure({"slow": lambda: time.sleep(4e-3), "fast": lambda: None})
+    assert times["slow"] > 4000 > times["fast"]
+
+
+def test_every_undisturbed_time_is_handed_out(machine):
+    lengths = iter(range(1, 99))
+    spent: dict[str, list[float]] = {}
+    times = measure(
+        {"a": lambda: machine.call(next(lengths)), "b": lambda: machine.call(next(lengths))},
+        budget_ms=0.0,
+        spent=spent,
+    )
+    assert times == {name: statistics.median(own) for name, own in spent.items()}
+    assert sorted(spent["a"] + spent["b"]) == list(range(3, 3 + 2 * len(spent["a"])))
+
+
+def test_calls_that_lost_their_core_do_not_count(machine):
+    lost = iter([False, *[True, False, True, False] * 20])
+
+    def disturbed() -> None:
+        interrupted = next(lost)
+        machine.call(5000.0 if interrupted else 20.0, interrupted)
+
+    spent: dict[str, list[float]] = {}
+    times = measure({"disturbed": disturbed, "quiet": lambda: machine.call(30.0)}, spent=spent)
+    assert times == {"disturbed": 20.0, "quiet": 30.0}
+    assert set(spent["disturbed"]) == {20.0}
+
+
+def test_where_every_call_lost_its_core_the_shortest_counts_and_nothing_is_settled(machine):
+    lengths = iter([0.0, *[9000.0, 40.0, 7000.0] * 20])
+    spent: dict[str, list[float]] = {}
+    calls = {"busy": lambda: machine.call(next(lengths), interrupted=True)}
+    assert measure(calls, spent=spent) == {"busy": 40.0}
+    assert not is_settled(list(spent.values()))
+
+
+def test_a_long_call_may_be_interrupted_now_and_then(machine):
+    spent: dict[str, list[float]] = {}
+    calls = {"long": lambda: machine.call(25_000.0, interrupted=True)}
+    assert measure(calls, spent=spent) == {"long": 25_000.0}
+    assert is_settled(list(spent.values()))
+
+
+def test_times_are_settled_where_they_hardly_scatter_or_where_all_agree_on_the_first():
+    assert is_settled([[10.0, 11.0, 12.0], [10.0, 10.0, 13.0]])
+    assert is_settled([[10.0, 50.0, 90.0], [100.0, 900.0, 900.0]])
+    assert not is_settled([[10.0, 50.0, 90.0], [80.0, 900.0, 900.0]])
