@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from sparselt.neighbours import depthwise_conv2d, is_depthwise
 from sparselt.nn import SPARSE_LAYERS, SparseLayer
 from sparselt.plan import DENSE, SEMI_STRUCTURED, Candidate, Plan
 from sparselt.semi_structured import SemiStructuredLinear
@@ -24,10 +25,18 @@ class CandidateCalls:
         module: nn.Linear, nn.Conv1d or nn.Conv2d.
         mask: which weights are kept; None for those that are not 0.
         pool: the candidates, dense left out.
+        in_program: whether dense means what a program runs, which is not always torch's operator.
     """
 
-    def __init__(self, module: nn.Module, mask: Tensor | None, pool: Sequence[Candidate]) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        mask: Tensor | None,
+        pool: Sequence[Candidate],
+        in_program: bool = False,
+    ) -> None:
         self.module, self.mask, self.pool = module, mask, pool
+        self._dense_call = _depthwise_call if in_program and is_depthwise(module) else _dense_call
         self._layers = {
             (item.format, item.block): _sparse_layer(module, mask, item)
             for item in pool
@@ -36,7 +45,7 @@ class CandidateCalls:
 
     def on(self, x: Tensor) -> dict[str, Call]:
         """A call on an input for each candidate, by name; "dense" first."""
-        calls: dict[str, Call] = {DENSE: _dense_call(self.module, x)}
+        calls: dict[str, Call] = {DENSE: self._dense_call(self.module, x)}
         for item in self.pool:
             if item.format == SEMI_STRUCTURED:
                 calls[item.kernel] = _semi_structured_call(self.module, self.mask, x)
@@ -55,6 +64,13 @@ def _dense_call(module: nn.Module, x: Tensor) -> Call:
     """Torch's operator: `forward` of these layers is F.linear or F.conv and nothing else."""
     forward = module.forward
     return lambda: forward(x)
+
+
+def _depthwise_call(module: nn.Module, x: Tensor) -> Call:
+    assert isinstance(module, nn.Conv2d)
+    assert not isinstance(module.padding, str)
+    geometry = (module.stride, module.padding, module.dilation)
+    return lambda: depthwise_conv2d(x, module.weight, module.bias, *geometry)
 
 
 def _sparse_call(layer: SparseLayer, kernel: str, x: Tensor) -> Call:

@@ -25,7 +25,7 @@ _STEADY = 1.3
 # From this length of a call on, its spread is small against it and fewer rounds do.
 _LONG_CALL_US = 3000.0
 # A long call is interrupted on the quietest machine too, about so often.
-_QUIET_US = 10_000.0
+_QUIET_US = 50_000.0
 
 
 def measure(

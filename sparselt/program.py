@@ -69,7 +69,8 @@ class Program:
     def _begin(self, model: nn.Module | None, title: str, weights: Iterable[Tensor]) -> None:
         self._prepared = model
         self._title = title
-        self._tuner = Tuner(weight_bytes=sum(p.numel() * p.element_size() for p in weights))
+        weight_bytes = sum(p.numel() * p.element_size() for p in weights)
+        self._tuner = Tuner(weight_bytes=weight_bytes, in_program=True)
         self._shelf = Shelf()
         self._families: list[Family] = []
         self._routes: dict[tuple[Any, ...], Run] = {}

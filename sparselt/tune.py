@@ -31,6 +31,7 @@ from sparselt.cpu_timer import is_settled, measure
 from sparselt.cuda_timer import measure_on_cuda
 from sparselt.extension import build_id
 from sparselt.facts import facts_of, forced_kernel
+from sparselt.neighbours import is_depthwise
 from sparselt.plan import (
     DENSE,
     Candidate,
@@ -92,13 +93,17 @@ class Tuner:
     Args:
         format: one of `plan.FORMAT_CHOICES`.
         weight_bytes: bytes of all dense weights of the network; decides whether they are cold.
+        in_program: whether the layers will run in a program, which has dense kernels of its own.
 
     Attributes:
         cold: whether layers are timed with cold weights.
     """
 
-    def __init__(self, format: str = "auto", weight_bytes: int = 0) -> None:
+    def __init__(
+        self, format: str = "auto", weight_bytes: int = 0, in_program: bool = False
+    ) -> None:
         self.format = format
+        self.in_program = in_program
         self.weight_bytes = weight_bytes
         self.cold = weight_bytes > cache_bytes()
         self._times: dict[tuple[object, ...], dict[str, float]] = {}
@@ -218,6 +223,7 @@ class Tuner:
             self.format,
             self._is_cold_on(inputs[0].device) if inputs[0].is_cuda else self.cold,
             torch.get_num_threads(),
+            self.in_program and is_depthwise(module),
         )
 
     def _recall_or_time(
@@ -250,7 +256,7 @@ class Tuner:
     ) -> tuple[dict[str, float], bool]:
         """The times of all candidates, dense included, and whether they are to be trusted."""
         total = dict.fromkeys([DENSE, *(c.kernel for c in pool)], 0.0)
-        made = CandidateCalls(module, mask, pool)
+        made = CandidateCalls(module, mask, pool, self.in_program)
         settled = True
         for x in inputs:
             calls = made.on(x)

@@ -86,8 +86,8 @@ def test_where_every_call_lost_its_core_the_shortest_counts_and_nothing_is_settl
 
 def test_a_long_call_may_be_interrupted_now_and_then(machine):
     spent: dict[str, list[float]] = {}
-    calls = {"long": lambda: machine.call(25_000.0, interrupted=True)}
-    assert measure(calls, spent=spent) == {"long": 25_000.0}
+    calls = {"long": lambda: machine.call(60_000.0, interrupted=True)}
+    assert measure(calls, spent=spent) == {"long": 60_000.0}
     assert is_settled(list(spent.values()))
 
 

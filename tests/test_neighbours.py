@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from sparselt.errors import KernelError, ShapeError
 from sparselt.neighbours import depthwise_conv2d, is_depthwise
 from sparselt.plan import KernelInfo
+from sparselt.tune import Tuner
 
 DEPTHWISE = pytest.mark.parametrize("kernel", kernel_params("depthwise"))
 
@@ -120,3 +121,22 @@ def test_what_does_not_fit_is_refused() -> None:
 )
 def test_only_a_plain_depthwise_convolution_counts_as_one(module: nn.Module, fits: bool) -> None:
     assert is_depthwise(module) == fits
+
+
+@pytest.mark.parametrize("in_program", [False, True])
+def test_a_pruned_layer_is_timed_against_the_dense_kernel_that_would_run(
+    monkeypatch: pytest.MonkeyPatch, in_program: bool
+) -> None:
+    called: list[Tensor] = []
+
+    def note(x: Tensor, *arguments: Any) -> Tensor:
+        called.append(x)
+        return depthwise_conv2d(x, *arguments)
+
+    monkeypatch.setattr("sparselt.candidate_calls.depthwise_conv2d", note)
+    monkeypatch.setenv("SPARSELT_CACHE", "off")
+    layer = nn.Conv2d(8, 8, 3, groups=8)
+    layer.weight.data.mul_(torch.arange(9).view(3, 3) % 4 == 0)
+    plan = Tuner(in_program=in_program).plan(layer, inputs=[torch.randn(1, 8, 9, 9)])
+    assert plan.dense_us is not None
+    assert bool(called) == in_program

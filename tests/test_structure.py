@@ -92,8 +92,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "tune_cache": {"tickets"},
     "cpu_timer": set(),
     "cuda_timer": set(),
-    "candidate_calls": LAYER,
-    "tune": LAYER | {"candidate_calls", "cpu_timer", "cuda_timer", "extension", "tune_cache"},
+    "candidate_calls": LAYER | {"neighbours"},
+    "tune": LAYER
+    | {"candidate_calls", "cpu_timer", "cuda_timer", "extension", "neighbours", "tune_cache"},
     "conversion": LAYER | {"tune"},
     "explanation": LAYER | {"conversion"},
     "fuse": set(),
