@@ -157,19 +157,20 @@ void run_convolution(const KernelInfo& kernel, const Convolution& conv, Edge edg
 
 void run_panel_convolution(const KernelInfo& kernel, const Convolution& conv, Edge edge,
                            Generator& random) {
-  const Axis& h = conv.geometry.h;
-  const Axis& w = conv.geometry.w;
   const Expected expected = expect(conv);
   const int64_t sections = std::min<int64_t>(1 + conv.variant % 3, conv.weight.rows);
   const SellArrays weight = pack_sell(conv.weight, slice_height(kernel, conv.variant),
                                       sell_block_cols(conv.variant), sections, edge);
   const int64_t channels = conv.shape.batch * conv.shape.channels;
-  const int64_t pitch = sparselt::phase_columns(w);
-  Guarded<float> planes(static_cast<size_t>(channels * w.stride * h.size * pitch), edge);
-  for (int64_t row = 0; row < channels * h.size; ++row) {
-    for (int64_t phase = 0; phase < w.stride; ++phase) {
-      const int64_t to = (row / h.size * w.stride + phase) * h.size + row % h.size;
-      sparselt::cut_row(w, phase, conv.x.data() + row * w.size, planes.data() + to * pitch);
+  const int64_t area = conv.geometry.h.size * conv.geometry.w.size;
+  const bool is_cut = conv.geometry.w.stride > 1;
+  const sparselt::ChannelCut cut(conv.geometry);
+  Guarded<float> planes(static_cast<size_t>(channels * (is_cut ? cut.floats() : area)), edge);
+  for (int64_t i = 0; i < channels; ++i) {
+    if (is_cut) {
+      cut.run(conv.x.data() + i * area, planes.data() + i * cut.floats());
+    } else {
+      std::copy_n(conv.x.data() + i * area, area, planes.data() + i * area);
     }
   }
   const sparselt::PanelSource source =
