@@ -16,6 +16,7 @@ from sparselt.errors import OptionError, SparseltError
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
+    from sparselt.measure.networks import Pruned
     from sparselt.measure.suites import Layer
 
 __all__ = ["main", "parser"]
@@ -58,7 +59,7 @@ def parser(words: Sequence[str] = ()) -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="sparselt", description=_DESCRIPTION)
     top.add_argument("--version", action="version", version=f"sparselt {sparselt.__version__}")
     commands = top.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for add in (_quickstart, _find, _inspect, _convert, _bench, _compare, _doctor):
+    for add in (_quickstart, _find, _inspect, _convert, _profile, _bench, _compare, _doctor):
         add(commands)
     if words[:1] and words[0] == "find":
         from sparselt.lottery.command import add_flags
@@ -117,6 +118,25 @@ def _convert(commands: Any) -> None:
     command.add_argument("--initial", metavar="FILE", help="original weights, kept in the ticket")
 
 
+def _network(command: argparse.ArgumentParser, more: str = "") -> None:
+    known = "lenet, mlp, resnet20, vgg19, resnet50, file.py:function"
+    command.add_argument("network", help=known + more)
+    command.add_argument("--ticket", metavar="FILE", help="weights to load, of any readable format")
+    command.add_argument(
+        "--density", type=float, default=0.1, help="random zeros without a ticket (default: 0.1)"
+    )
+    command.add_argument("--batch", type=_positive, nargs="+", default=[1], metavar="N")
+    command.add_argument("--input", metavar="C,H,W", help="shape of one input, without the batch")
+    _threads(command)
+
+
+def _profile(commands: Any) -> None:
+    text = "say where the time of a call of a compiled network goes, layer by layer"
+    command = _command(commands, "profile", _run_profile, text)
+    _network(command)
+    command.add_argument("--trace", metavar="FILE", help="the same as a Chrome trace, for Perfetto")
+
+
 def _bench(commands: Any) -> None:
     text = "time networks, layers or one kernel against the strongest dense engines"
     made = commands.add_parser("bench", help=text, description=text[0].upper() + text[1:] + ".")
@@ -127,21 +147,12 @@ def _bench(commands: Any) -> None:
         _run_bench_model,
         "time a whole network, every engine in its own process, outputs checked first",
     )
-    model.add_argument(
-        "network", help="lenet, mlp, resnet20, vgg19, resnet50, file.py:function, or all: the table"
-    )
-    model.add_argument("--ticket", metavar="FILE", help="weights to load, of any readable format")
-    model.add_argument(
-        "--density", type=float, default=0.1, help="random zeros without a ticket (default: 0.1)"
-    )
-    model.add_argument("--batch", type=_positive, nargs="+", default=[1], metavar="N")
-    model.add_argument("--input", metavar="C,H,W", help="shape of one input, without the batch")
+    _network(model, ", or all: the table")
     model.add_argument("--engines", metavar="A,B", help="default: all that are installed")
     model.add_argument("--rounds", type=_positive, help="turns (default: 10; of the table 8)")
     table = model.add_argument_group("all: every network, batch and share of zeros")
     table.add_argument("--check", action="store_true", help="no times: errors against float64")
     table.add_argument("--resume", action="store_true", help="go on with what --json FILE holds")
-    _threads(model)
     layers = _command(
         kinds, "layers", _run_bench_layers, "time the layers of a known network, kernel by kernel"
     )
@@ -231,6 +242,18 @@ def _set_threads(arguments: argparse.Namespace) -> None:
         torch.set_num_threads(arguments.threads)
 
 
+def _pruned(arguments: argparse.Namespace) -> Pruned:
+    """The network that the arguments name, with its zeros and the shape of one input."""
+    from sparselt import lottery
+    from sparselt.measure import networks
+
+    shape = _sizes(arguments.input, ",", None, "--input") if arguments.input else None
+    spec: str | networks.Network = arguments.network
+    if shape and spec in lottery.NETWORKS:
+        spec = networks.Network(lambda: lottery.NETWORKS[arguments.network](shape, 10))
+    return networks.pruned_network(spec, shape, arguments.ticket, arguments.density)
+
+
 def _failed(result: dict[str, Any]) -> int:
     return _EXIT_FAILED if any(row["status"] == "FAIL" for row in result["rows"]) else 0
 
@@ -272,43 +295,27 @@ def _run_convert(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _run_bench_table(arguments: argparse.Namespace) -> int:
+def _run_profile(arguments: argparse.Namespace) -> int:
     from sparselt.measure import command
 
-    result, shown = (command.check_all if arguments.check else command.time_all)(arguments)
-    _show(shown, least_width=140)
+    _set_threads(arguments)
+    with _status() as progress:
+        result, shown = command.profile(arguments, _pruned(arguments), progress)
+    _show(shown, least_width=110)
     _keep(arguments, result)
-    return _failed(result)
+    return 0
 
 
 def _run_bench_model(arguments: argparse.Namespace) -> int:
-    if arguments.network == "all":
-        return _run_bench_table(arguments)
-    from sparselt import lottery
-    from sparselt.measure import model, networks, report
+    from sparselt.measure import command
 
-    shape = _sizes(arguments.input, ",", None, "--input") if arguments.input else None
-    spec: str | networks.Network = arguments.network
-    if shape and spec in lottery.NETWORKS:
-        spec = networks.Network(lambda: lottery.NETWORKS[arguments.network](shape, 10))
-    built = networks.pruned_network(spec, shape, arguments.ticket, arguments.density)
-    engines = arguments.engines.split(",") if arguments.engines else None
-    results = []
-    for batch in arguments.batch:
-        inputs = networks.example_inputs(built.shape, batch)
+    if arguments.network == "all":
+        result, table = (command.check_all if arguments.check else command.time_all)(arguments)
+        _show(table, least_width=140)
+    else:
         with _status() as progress:
-            found = model.bench_model(
-                built.model,
-                inputs,
-                engines,
-                name=arguments.network,
-                rounds=arguments.rounds or 10,
-                threads=arguments.threads,
-                progress=progress,
-            )
-        results.append(found.as_json())
-        _show(report.model_table(results[-1]))
-    result = model.merged(results)
+            result, shown = command.time_one(arguments, _pruned(arguments), progress)
+        _show(*shown)
     _keep(arguments, result)
     return _failed(result)
 

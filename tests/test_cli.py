@@ -143,6 +143,21 @@ def test_bench_model_runs_a_ticket_of_a_users_network(
     assert "sparselt" in capsys.readouterr().out
 
 
+def test_profile_accounts_for_the_whole_call(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target, trace = tmp_path / "p.json", tmp_path / "trace.json"
+    words = ["profile", "lenet", "--batch", "2", "--threads", "1", "--density", "0.2"]
+    assert cli.main([*words, "--json", str(target), "--trace", str(trace)]) == 0
+    (case,) = json.loads(target.read_text())["cases"]
+    assert case["density"] == pytest.approx(0.2, abs=0.01)
+    assert sum(row["us"] for row in case["rows"]) == pytest.approx(case["total_us"])
+    assert json.loads(trace.read_text())["traceEvents"]
+    shown = capsys.readouterr().out
+    assert "lenet, batch 2" in shown
+    assert "us in all" in shown
+
+
 def test_find_writes_a_ticket(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("sklearn", reason="the digits come with scikit-learn, not installed")
     words = ["find", "--network", "lenet_300_100", "--data", "digits", "--iterations", "20"]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `sparselt bench model all` runs: the table of whole networks, or their accuracy."""
+"""What the commands on whole networks run: `sparselt profile` and `sparselt bench model`."""
 
 from __future__ import annotations
 
@@ -9,14 +9,57 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from rich.console import Console
+from rich.console import Console, Group
 from rich.progress import Progress
 from rich.table import Table
 
-from sparselt.measure import accuracy, report, table
-from sparselt.measure.machine import one_line
+import sparselt
+from sparselt.measure import accuracy, model, networks, report, table
+from sparselt.measure.machine import header, one_line
 
-__all__ = ["check_all", "time_all"]
+__all__ = ["check_all", "profile", "time_all", "time_one"]
+
+Tell = Callable[[str], None]
+
+
+def profile(
+    arguments: argparse.Namespace, built: networks.Pruned, progress: Tell
+) -> tuple[dict[str, Any], Group]:
+    """Profile a compiled network at each batch; the result and what to print."""
+    _, density = model.prunable_density(built.model)
+    result: dict[str, Any] = {"kind": "profile", "machine": header(), "cases": []}
+    shown = []
+    for batch in arguments.batch:
+        progress(f"compiling {arguments.network} at batch {batch}")
+        inputs = networks.example_inputs(built.shape, batch)
+        program = sparselt.compile(built.model, inputs)
+        progress(f"running {arguments.network} at batch {batch}")
+        found = program.profile(inputs)
+        case = {"case": arguments.network, "batch": batch, "density": density}
+        result["cases"].append(case | found.to_dict())
+        shown.append(f"{arguments.network}, batch {batch}\n\n{found}\n")
+        if arguments.trace:
+            found.save_trace(arguments.trace)
+    return result, Group(*shown, one_line(result["machine"]))
+
+
+def time_one(
+    arguments: argparse.Namespace, built: networks.Pruned, progress: Tell
+) -> tuple[dict[str, Any], list[Table]]:
+    """Time one network on every engine at each batch; the result and its tables."""
+    results = [
+        model.bench_model(
+            built.model,
+            networks.example_inputs(built.shape, batch),
+            arguments.engines.split(",") if arguments.engines else None,
+            name=arguments.network,
+            rounds=arguments.rounds or 10,
+            threads=arguments.threads,
+            progress=progress,
+        ).as_json()
+        for batch in arguments.batch
+    ]
+    return model.merged(results), [report.model_table(result) for result in results]
 
 
 @contextmanager

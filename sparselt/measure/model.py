@@ -33,6 +33,7 @@ __all__ = [
     "bench_variants",
     "double_reference",
     "merged",
+    "prunable_density",
     "write_folder",
 ]
 
@@ -158,7 +159,7 @@ def _module_and_name(dotted: str) -> tuple[str, str]:
     raise DataError(f"model: the class {dotted} is in no imported module")
 
 
-def _prunable_density(model: nn.Module) -> tuple[int, float]:
+def prunable_density(model: nn.Module) -> tuple[int, float]:
     """Number of parameters, and the kept share of all weights of two and more dimensions."""
     weights = [p for p in model.parameters() if p.ndim > 1]
     total = sum(p.numel() for p in weights)
@@ -373,7 +374,7 @@ def _leave(folder: Path, model: nn.Module, inputs: tuple[Tensor, ...]) -> dict[s
     with torch.no_grad():
         error = output_error(flat_tensors(model(*inputs)), reference)
     write_folder(folder, model, inputs, reference)
-    parameters, density = _prunable_density(model)
+    parameters, density = prunable_density(model)
     return {
         "parameters": parameters,
         "density": density,
