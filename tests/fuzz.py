@@ -188,7 +188,8 @@ def main(arguments: list[str] | None = None) -> int:
             told = now
             rate = (done + 1) / (now - start)
             left = (options.problems - done - 1) / rate
-            print(f"{done + 1} of {options.problems}, {rate:.0f}/s, {left:.0f} s left", flush=True)
+            told_so_far = f"{done + 1} of {options.problems}, {rate:.0f}/s, {left:.0f} s left"
+            print(told_so_far, file=sys.stderr, flush=True)
     ran = ", ".join(f"{name} {count}" for name, count in sorted(counts.items()))
     print(f"{options.problems} problems right in {time.perf_counter() - start:.0f} s: {ran}")
     return 0
