@@ -15,6 +15,7 @@ from torch import fx, nn
 
 from sparselt.builder import LAYER, Builder, DenseStep, NotNativeError, Shape, Shaped, operation
 from sparselt.extension import conv_shape
+from sparselt.few_channels import few_channels_in_panels
 from sparselt.fuse import argument, clamp_bounds
 from sparselt.neighbours import is_depthwise
 from sparselt.nn import SparseConv1d, SparseConv2d, SparseLayer, SparseLinear
@@ -50,7 +51,11 @@ def _layer(build: Builder, node: fx.Node) -> Shaped:
     x = build.tensor(node.args[0])
     residual = build.tensor(node.args[1]) if len(node.args) > 1 else None
     if isinstance(layer, DenseStep):
-        return _dense(build, layer, x, residual)
+        panels = few_channels_in_panels(layer.module) if len(x.shape) == 4 else None
+        if panels is None:
+            return _dense(build, layer, x, residual)
+        panels.lower, panels.upper = layer.lower, layer.upper
+        layer = panels
     assert isinstance(layer, SparseLayer)
     parts, bias = list(layer.weight.parts()), layer.bias
     end = (layer.lower, layer.upper, layer.kernel)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Dense neighbours of sparse layers: depthwise convolution by each of its kernels."""
+"""Dense neighbours of sparse layers: depthwise convolutions, and those of few input channels."""
 
 from __future__ import annotations
 
@@ -12,8 +12,11 @@ from cases import guarded, kernel_params
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import sparselt
 from sparselt.errors import KernelError, ShapeError
+from sparselt.few_channels import few_channels_in_panels
 from sparselt.neighbours import depthwise_conv2d, is_depthwise
+from sparselt.ops import kernels
 from sparselt.plan import KernelInfo
 from sparselt.tune import Tuner
 
@@ -140,3 +143,49 @@ def test_a_pruned_layer_is_timed_against_the_dense_kernel_that_would_run(
     plan = Tuner(in_program=in_program).plan(layer, inputs=[torch.randn(1, 8, 9, 9)])
     assert plan.dense_us is not None
     assert bool(called) == in_program
+
+
+@pytest.mark.skipif(
+    not any(known.name == "bsell_panel_avx512" and known.usable for known in kernels()),
+    reason="few channels run in panels on AVX-512",
+)
+@pytest.mark.parametrize(
+    ("module", "size"),
+    [
+        (nn.Conv2d(3, 64, 7, 2, 3, bias=False), (2, 3, 31, 45)),
+        (nn.Conv2d(3, 8, 3, (1, 2), 1), (1, 3, 20, 17)),
+        (nn.Conv2d(2, 4, 5, 1, 2, 2), (1, 2, 9, 9)),
+        (nn.Conv2d(4, 16, 1), (1, 4, 6, 6)),
+    ],
+    ids=str,
+)
+def test_a_convolution_of_few_channels_runs_in_panels_and_in_programs(
+    module: nn.Conv2d, size: tuple[int, ...]
+) -> None:
+    generator = torch.Generator().manual_seed(5)
+    for parameter in module.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator)
+    x = torch.randn(size, generator=generator)
+    want = module.double()(x.double()).relu().detach()
+    module.float()
+    panels = few_channels_in_panels(module)
+    assert panels is not None
+    torch.testing.assert_close(panels(x).relu().double(), want, atol=1e-4, rtol=0)
+    program = sparselt.compile(nn.Sequential(module, nn.ReLU()).eval(), x)
+    torch.testing.assert_close(program(x).double(), want, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        nn.Conv2d(8, 8, 3),
+        nn.Conv2d(1, 8, 3),
+        nn.Conv2d(4, 8, 3, groups=2),
+        nn.Conv2d(3, 6, 3),
+        nn.Conv2d(3, 8, 3).half(),
+        nn.Linear(3, 8),
+    ],
+    ids=str,
+)
+def test_other_layers_stay_with_torch_or_with_the_depthwise_kernel(module: nn.Module) -> None:
+    assert few_channels_in_panels(module) is None

@@ -56,6 +56,7 @@ GRAPH = {
     "pooling",
     "lowering",
     "builder",
+    "few_channels",
     "emit",
     "native",
     "capture",
@@ -101,7 +102,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "layers": {"fuse"},
     "pooling": BASE | {"fuse"},
     "builder": {"extension"},
-    "emit": LAYER | {"extension", "builder", "fuse", "neighbours"},
+    "few_channels": LAYER | {"layout", "neighbours"},
+    "emit": LAYER | {"extension", "builder", "few_channels", "fuse", "neighbours"},
     "native": {"extension", "builder", "emit", "fuse"},
     "lowering": LAYER
     | {"tune", "conversion", "explanation", "builder", "fuse", "layers", "pooling"},
