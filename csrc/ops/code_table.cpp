@@ -51,7 +51,7 @@ Tensor hold_memory(const Tensor& tensor) {
   const int64_t size = 0;
   const int64_t stride = 1;
   AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(
+  TORCH_ERROR_CODE_CHECK(
       aoti_torch__reinterpret_tensor(tensor.get(), 1, &size, &stride, 0, &handle));
   return Tensor(handle);
 }

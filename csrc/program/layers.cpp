@@ -36,7 +36,7 @@ Tensor from_floats(float* data, const Ints& shape) {
 
 template <size_t kCount>
 Tensor call(const char* name, std::array<StableIValue, kCount> stack) {
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, "", stack.data(), TORCH_ABI_VERSION));
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, "", stack.data(), TORCH_ABI_VERSION));
   const Tensor result = torch::stable::detail::to<Tensor>(stack[0]);
   return result.is_contiguous() ? result : torch::stable::contiguous(result);
 }
