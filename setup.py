@@ -188,9 +188,16 @@ def cpu_extension() -> Extension:
     )
 
 
+def cuda_code() -> str:
+    """What nvcc makes for TORCH_CUDA_ARCH_LIST: "sm_80" for machine code, "compute_89" for PTX."""
+    flags = " ".join(cpp_extension._get_cuda_arch_flags())
+    return " ".join(re.findall(r"code=(\w+)", flags))
+
+
 def cuda_extension(cuda_home: str) -> Extension:
     """CUDA kernels: a module of its own, since a CPU build of torch could not load it."""
     toolkit = ["-isystem", str(Path(cuda_home, "include"))]
+    toolkit.append(f'-DSPARSELT_CUDA_CODE="{cuda_code()}"')
     nvcc_flags = [
         "-O3",
         "-std=c++20",

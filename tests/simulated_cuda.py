@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tensors that say they are on a CUDA device and keep their values on the CPU.
 
-Under `simulated_cuda()` everything above the kernels meets a GPU that is not there: torch's own
+Under `simulated_cuda()` everything above the kernels meets GPUs that are not there: torch's own
 operators run on the values inside, tensors of two devices refuse each other, and an operator of
-sparselt picks a CUDA kernel from the registry as csrc/cuda/registry.cpp does. That kernel's result
-comes from float64 arithmetic on the unpacked weight, or from its own source (`cuda_host`).
+sparselt is csrc/cuda's own, run on this CPU (`cuda_host.operators`). The kernel that it launches
+gives what float64 arithmetic on the unpacked weight gives, or runs from its source (`cuda_host`).
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 import torch
 from cuda_host import Host
+from cuda_host.operators import CPU, Launch, operators
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.sparse import SparseSemiStructuredTensor, SparseSemiStructuredTensorCUTLASS
@@ -27,10 +28,8 @@ from torch.sparse._semi_structured_conversions import sparse_semi_structured_to_
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sparselt import cuda_graph, extension, ops
-from sparselt.extension import conv_shape
-from sparselt.formats import FORMATS, SparseWeight
-from sparselt.registry import KernelInfo
+from sparselt import cuda_graph, extension
+from sparselt.formats import FORMATS
 
 __all__ = ["Gpu", "SimulatedGraphs", "SimulatedTensor", "simulated_cuda"]
 
@@ -137,10 +136,10 @@ class Gpu(TorchDispatchMode):
             kwargs["device"] = torch.device("cpu")
         if target is None and simulated:
             target = args[0].device if func is aten.copy_.default else simulated[0].device
+        if func.namespace == "sparselt" and simulated:
+            return self.run(func.__name__.split(".")[0], args)
         if func not in _CROSSING:
             same_device(func, tensors)
-        if func.namespace == "sparselt" and simulated:
-            return self.run(func.__name__.split(".")[0], *args)
         wrappers = {id(tensor.values): tensor for tensor in simulated}
         call = product_of_halves if func.namespace == "semi_structured" else func
         result = call(*inside(tuple(args)), **inside(kwargs))
@@ -153,86 +152,49 @@ class Gpu(TorchDispatchMode):
 
         return pytree.tree_map_only(Tensor, wrap, result)
 
-    def run(self, op: str, x: SimulatedTensor, parts: Sequence[Any], *rest: Any) -> Tensor:
-        """An operator of sparselt: checks what csrc/cuda/check.cpp does, and computes."""
-        (meta, bias, residual, *geometry, lower, upper, name) = rest
-        given = [tensor for tensor in (x, parts[-1], bias, residual) if tensor is not None]
-        assert len({tensor.dtype for tensor in given}) == 1, "operands of several types"
-        format_name = extension._format_of(parts)
-        kernel = find_kernel(name, "conv2d" if op == "conv2d" else "spmm", format_name, x.dtype)
-        self.launches.append(kernel.name)
-        own = [part.values for part in parts]
-        shape, block = meta[2:], None if format_name == "csr" else tuple(meta[:2])
-        weight = FORMATS[format_name].from_parts([*own[:-1], own[-1].float()], shape, block)
-        values = [None if t is None else t.values for t in (x, bias, residual)]
-        compute = self._conv2d if op == "conv2d" else self._spmm
-        y = compute(kernel.name, op, weight, meta, values, geometry, (lower, upper))
-        layout = torch.channels_last if format_name == "bsr_nhwc" else torch.contiguous_format
-        return SimulatedTensor(y.to(x.dtype).contiguous(memory_format=layout), x.device)
+    def run(self, op: str, args: Sequence[Any]) -> Any:
+        """An operator of sparselt, from its source."""
+        device = next(x for x in args if isinstance(x, SimulatedTensor)).device
+        elsewhere = [
+            (t, CPU) if not isinstance(t, SimulatedTensor) else (t.values, t.device.index)
+            for t in pytree.tree_leaves(args)
+            if isinstance(t, Tensor) and t.device != device
+        ]
+        own = inside(tuple(args))
 
-    def _spmm(
-        self,
-        kernel: str,
-        op: str,
-        weight: SparseWeight,
-        meta: Any,
-        values: Any,
-        _: Any,
-        limits: Any,
-    ) -> Tensor:
-        x, bias, residual = values
-        shape = (*x.shape[:-1], weight.rows) if op == "linear" else (weight.rows, x.shape[1])
-        columns = x.reshape(-1, weight.cols).mT if op == "linear" else x
-        added = None if residual is None else residual.reshape(-1, weight.rows)
-        added = added.mT if added is not None and op == "linear" else residual
-        if self.machine is not None:
-            turned = op == "linear"
-            y = self.machine.spmm(kernel, weight, columns, bias, added, *limits, batch_major=turned)
-        else:
-            y = finished(weight.to_dense().double() @ columns.double(), bias, added, limits, 0)
-        return y.mT.reshape(shape) if op == "linear" else y
+        def launched(launch: Launch) -> None:
+            self.launches.append(launch.kernel)
+            launch.y.copy_(self._result(op, own, launch))
 
-    def _conv2d(
-        self, kernel: str, op: str, weight: SparseWeight, meta: Any, values: Any, geometry: Any,
-        limits: Any,
-    ) -> Tensor:  # fmt: skip
-        x, bias, residual = values
-        stride, padding, dilation, groups = geometry
+        y = operators().call(op, *own, device=device.index, elsewhere=elsewhere, on_launch=launched)
+        return None if y is None else SimulatedTensor(y, device)
+
+    def _result(self, op: str, args: Sequence[Any], launch: Launch) -> Tensor:
+        """What a kernel writes, flat as it lies in memory."""
         if self.machine is not None:
-            return self.machine.conv2d(
-                kernel,
-                weight,
-                x,
-                bias,
-                residual,
-                *limits,
-                out_size=conv_shape(x, meta, stride, padding, dilation)[2:],
-                stride=stride,
-                padding=padding,
-                dilation=dilation,
-                groups=groups,
+            return self.machine.launch(
+                launch.kernel, launch.integers, launch.arrays, launch.limits, launch.workspace
             )
-        dense = weight.to_dense().double().view(meta[2:])
-        y = functional.conv2d(x.double(), dense, None, stride, padding, dilation, groups)
-        return finished(y, bias, residual, limits, 1)
+        x, (parts, meta, bias, residual, *rest) = args[0], args[1 + op.endswith("_out") :]
+        *geometry, lower, upper, _ = rest
+        format_name = extension._format_of(parts)
+        block = None if format_name == "csr" else tuple(meta[:2])
+        values = [*parts[:-1], parts[-1].float()]
+        weight = FORMATS[format_name].from_parts(values, meta[2:], block).to_dense().double()
+        if op.startswith("conv2d"):
+            y = functional.conv2d(x.double(), weight.view(meta[2:]), None, *geometry)
+            y = finished(y, bias, residual, (lower, upper), 1)
+            return (y.movedim(1, -1) if format_name == "bsr_nhwc" else y).flatten()
+        y = x.double() @ weight.mT if op == "linear" else weight @ x.double()
+        return finished(y, bias, residual, (lower, upper), -1 if op == "linear" else 0).flatten()
 
 
 def finished(y: Tensor, bias: Any, residual: Any, limits: Any, axis: int) -> Tensor:
     """Bias along an axis, residual and clamp."""
     if bias is not None:
-        y = y + bias.double().view([-1 if i == axis else 1 for i in range(y.dim())])
+        y = y + bias.double().view([-1 if i == axis % y.dim() else 1 for i in range(y.dim())])
     y = y if residual is None else y + residual.double()
     return y if limits == (None, None) else y.clamp(*limits)
-
-
-def find_kernel(name: str, op: str, format_name: str, dtype: torch.dtype) -> KernelInfo:
-    """The kernel that csrc/cuda/registry.cpp would find."""
-    for kernel in ops.kernels():
-        facts = (kernel.device, kernel.op, kernel.format, f"torch.{kernel.dtype}")
-        fits = facts == ("cuda", op, format_name, str(dtype))
-        if fits and name in ("", kernel.name) and kernel.usable:
-            return kernel
-    raise RuntimeError(f"kernel: expected a CUDA kernel for {op} on {format_name}, got {name!r}")
 
 
 def same_device(func: Any, tensors: Sequence[Tensor]) -> None:
@@ -295,26 +257,28 @@ class SimulatedGraphs:
 
 @contextmanager
 def simulated_cuda(
-    monkeypatch: pytest.MonkeyPatch, machine: Host | None = None, reason: str = ""
+    monkeypatch: pytest.MonkeyPatch,
+    machine: Host | None = None,
+    capabilities: Sequence[int] = (90, 90),
 ) -> Iterator[Gpu]:
-    """A GPU of compute capability 9.0 for the block of code.
+    """GPUs for the block of code.
 
     Args:
         monkeypatch: undoes what is changed of torch and sparselt.
         machine: runs kernels from their sources.
-        reason: why the device runs no kernels; empty if it does.
+        capabilities: the compute capability of each, 90 for 9.0.
     """
     if torch.version.cuda is not None:
         pytest.skip("a CUDA build of torch meets a device in test_cuda_device_api.py")
-    module = SimpleNamespace(why_unusable=lambda isa, device: reason)
+    operators().set_devices(*capabilities)
     with monkeypatch.context() as patch:
         # Or else a module writes a moved parameter's data into the old one, a plain tensor.
         patch.setattr(torch.__future__, "_overwrite_module_params_on_conversion", True)
         patch.setattr(torch.cuda, "_lazy_init", lambda: None)
-        patch.setattr(Tensor, "cuda", lambda tensor, device=None: tensor.to("cuda:0"))
+        patch.setattr(Tensor, "cuda", lambda tensor, device=None: tensor.to(device or "cuda:0"))
         patch.setattr(torch.cuda, "is_available", lambda: True)
         patch.setattr(torch.cuda, "current_device", lambda: 0)
-        patch.setattr(torch.cuda, "device_count", lambda: 1)
+        patch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
         patch.setattr(torch.cuda, "Event", SimulatedEvent)
         patch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
         patch.setattr(torch.cuda, "synchronize", lambda device=None: None)
@@ -325,7 +289,7 @@ def simulated_cuda(
         patch.setattr(SparseSemiStructuredTensor, "_FORCE_CUTLASS", True)
         patch.setattr(cuda_graph, "TorchGraphs", SimulatedGraphs)
         patch.setenv("SPARSELT_CACHE", "off")
-        patch.setattr(extension, "_cuda", module)
+        patch.setattr(extension, "_cuda", operators().module)
         patch.setattr(extension, "_SERVED", extension.served())
         extension.kernels.cache_clear()
         try:

@@ -147,7 +147,10 @@ def test_move_that_no_kernel_serves_is_refused_before_anything_moves(
     layer = SparseLinear.from_dense(pruned(nn.Linear(48, 40)))
     kernel = layer.kernel
     old = "it needs compute capability 8.0, device 0 has 7.5"
-    with simulated_cuda(monkeypatch, reason=old), pytest.raises(KernelError, match=old):
+    with (
+        simulated_cuda(monkeypatch, capabilities=(75, 90)),
+        pytest.raises(KernelError, match=old),
+    ):
         layer.cuda()
     assert (layer.kernel, layer.weight.device.type) == (kernel, "cpu")
 

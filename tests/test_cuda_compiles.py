@@ -2,7 +2,8 @@
 """Every CUDA source compiles with nvcc against this torch's headers, CPU build or not, unspilled.
 
 Neither a GPU nor a CUDA build of torch is needed: sources of the stable ABI include no header that
-only a CUDA build has. Nothing is linked or run here.
+only a CUDA build has. Nothing is linked or run here, but what a unit would be linked with is read:
+that tells that no operator allocates, waits or makes a stream by itself.
 """
 
 from __future__ import annotations
@@ -24,6 +25,29 @@ ARCHITECTURES = ("80", "90a")
 pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
 
 
+# What a unit may ask of CUDA's runtime: to launch on a stream that it is given, to raise a kernel's
+# limit of shared memory, what went wrong, and what device this is.
+RUNTIME = {
+    "cudaDeviceGetAttribute",
+    "cudaFuncSetAttribute",
+    "cudaGetLastError",
+    "cudaLaunchKernel",
+    "cudaRuntimeGetVersion",
+}
+# What of torch's C interface is about a device's time or memory, and what of that it may use.
+DEVICE_WORK = re.compile("stream|event|synchroni[sz]e|alloc")
+CURRENT_STREAM = "aoti_torch_get_current_cuda_stream"
+
+
+def asks_for_nothing_else(unit: Path) -> None:
+    """Fails where a unit is to be linked with what allocates, waits or makes a stream."""
+    listed = subprocess.run(["nm", "-u", unit], capture_output=True, text=True, check=True).stdout
+    names = {line.split()[-1].split("@")[0] for line in listed.splitlines()}
+    assert {name for name in names if re.match("cu(da)?[A-Z]", name)} <= RUNTIME
+    torch = {name for name in names if name.startswith(("torch_", "aoti_"))}
+    assert {name for name in torch if DEVICE_WORK.search(name)} <= {CURRENT_STREAM}
+
+
 def compile_unit(source: Path, folder: Path, *flags: str) -> str:
     """Compiles one unit and returns what the compiler said; every warning is an error."""
     command = ["nvcc", "-c", "-O3", "-std=c++20", "-DUSE_CUDA", f"-I{ROOT / 'csrc'}"]
@@ -38,6 +62,7 @@ def compile_unit(source: Path, folder: Path, *flags: str) -> str:
         check=False,
     )
     assert done.returncode == 0, done.stderr
+    asks_for_nothing_else(folder / "unit.o")
     return done.stderr
 
 

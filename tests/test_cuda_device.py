@@ -86,6 +86,9 @@ def check_spmm(kernel: str, case: SpmmCase, weight: SparseWeight | None = None) 
     parts, meta = on_gpu(weight, dtype), weight.meta()
     args = (gpu(bias, dtype), gpu(residual, dtype), lower, upper, kernel)
     y = torch.ops.sparselt.spmm(gpu(x, dtype), parts, meta, *args)
+    out = torch.full_like(y, torch.nan)
+    torch.ops.sparselt.spmm_out(gpu(x, dtype), out, parts, meta, *args)
+    assert torch.equal(out, y)
     # Tensor cores may round more often than once an addition.
     slack = 1.0 if dtype == torch.float32 else 4.0
     assert_close((kernel, str(case)), y.cpu(), reference.spmm, weight, x, *epilogue, slack=slack)
@@ -109,17 +112,12 @@ def check_conv2d(kernel: str, case: ConvCase, weight: SparseWeight | None = None
     bias, residual, lower, upper = epilogue_of(case, kernel)
     dtype = dtype_of(kernel)
     geometry = (case.stride, case.padding, case.dilation, case.groups)
-    y = torch.ops.sparselt.conv2d(
-        gpu(x, dtype),
-        on_gpu(weight, dtype),
-        weight.meta(),
-        gpu(bias, dtype),
-        gpu(residual, dtype),
-        *geometry,
-        lower,
-        upper,
-        kernel,
-    )
+    parts = on_gpu(weight, dtype)
+    end = (gpu(bias, dtype), gpu(residual, dtype), *geometry, lower, upper, kernel)
+    y = torch.ops.sparselt.conv2d(gpu(x, dtype), parts, weight.meta(), *end)
+    out = torch.full_like(y, torch.nan)
+    torch.ops.sparselt.conv2d_out(gpu(x, dtype), out, parts, weight.meta(), *end)
+    assert torch.equal(out, y)
     options = case.options() | {"bias": bias, "residual": residual, "lower": lower, "upper": upper}
     assert_close((kernel, str(case)), y.cpu(), reference.conv2d, x, weight, **options)
 

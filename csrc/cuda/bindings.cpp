@@ -10,8 +10,10 @@
 
 STABLE_TORCH_LIBRARY_IMPL(sparselt, CUDA, m) {
   m.impl("spmm", TORCH_BOX(&sparselt::cuda::spmm));
+  m.impl("spmm_out", TORCH_BOX(&sparselt::cuda::spmm_out));
   m.impl("linear", TORCH_BOX(&sparselt::cuda::linear));
   m.impl("conv2d", TORCH_BOX(&sparselt::cuda::conv2d));
+  m.impl("conv2d_out", TORCH_BOX(&sparselt::cuda::conv2d_out));
 }
 
 PYBIND11_MODULE(_C_cuda, m) {

@@ -25,6 +25,25 @@ std::string describe(const Ints& shape) {
   return text + ")";
 }
 
+void check_place(const Input& input, const Tensor& tensor, const char* name) {
+  STD_TORCH_CHECK(tensor.is_cuda() && tensor.get_device_index() == input.device, name,
+                  ": expected a tensor on device ", input.device,
+                  ", where x is; move it with .to(x.device)");
+  STD_TORCH_CHECK(tensor.scalar_type() == input.type, name, ": expected ", type_name(input.type),
+                  ", the type of x; convert it with .to(x.dtype)");
+}
+
+// Of (B, C, H, W). The stride of a size below 2 says nothing.
+bool has_channels_last(const Tensor& tensor) {
+  if (tensor.numel() == 0) return true;
+  int64_t expected = 1;
+  for (const int64_t axis : {1, 3, 2, 0}) {
+    if (tensor.size(axis) > 1 && tensor.stride(axis) != expected) return false;
+    expected *= tensor.size(axis);
+  }
+  return true;
+}
+
 const void* check_part(const Input& input, const Tensor& part, const char* name, ScalarType type,
                        int64_t length) {
   STD_TORCH_CHECK(part.is_cuda() && part.get_device_index() == input.device, name,
@@ -115,11 +134,7 @@ Input as_input(const Tensor& x, MemoryFormat layout) {
 }
 
 Tensor as_operand(const Input& input, const Tensor& tensor, const char* name, MemoryFormat layout) {
-  STD_TORCH_CHECK(tensor.is_cuda() && tensor.get_device_index() == input.device, name,
-                  ": expected a tensor on device ", input.device,
-                  ", where x is; move it with .to(x.device)");
-  STD_TORCH_CHECK(tensor.scalar_type() == input.type, name, ": expected ", type_name(input.type),
-                  ", the type of x; convert it with .to(x.dtype)");
+  check_place(input, tensor, name);
   if (layout == MemoryFormat::Contiguous && tensor.is_contiguous()) return tensor;
   return torch::stable::contiguous(tensor, layout);
 }
@@ -179,11 +194,20 @@ HeldEpilogue as_epilogue(const Input& input, const OptionalTensor& bias,
   return held;
 }
 
-Tensor new_output(const Input& input, const Ints& shape) {
-  if (input.layout == MemoryFormat::Contiguous)
-    return torch::stable::new_empty(input.x, {shape.data(), shape.size()});
-  return torch::stable::empty({shape.data(), shape.size()}, input.type, std::nullopt,
-                              input.x.device(), std::nullopt, input.layout);
+Tensor new_output(const Tensor& x, MemoryFormat layout, const Ints& shape) {
+  if (layout == MemoryFormat::Contiguous)
+    return torch::stable::new_empty(x, {shape.data(), shape.size()});
+  return torch::stable::empty({shape.data(), shape.size()}, x.scalar_type(), std::nullopt,
+                              x.device(), std::nullopt, layout);
+}
+
+void check_output(const Input& input, const Tensor& out, const Ints& shape) {
+  check_place(input, out, "out");
+  STD_TORCH_CHECK(shape_of(out) == shape, "out: expected shape ", describe(shape), ", got ",
+                  describe(shape_of(out)));
+  const bool plain = input.layout == MemoryFormat::Contiguous;
+  STD_TORCH_CHECK(plain ? out.is_contiguous() : has_channels_last(out), "out: expected ",
+                  plain ? "contiguous" : "channels-last", " memory");
 }
 
 Workspace new_workspace(const Input& input, int64_t floats) {
@@ -200,10 +224,12 @@ cudaStream_t current_stream(const Input& input) {
   return static_cast<cudaStream_t>(stream);
 }
 
-void check_launch(const KernelInfo& kernel, cudaError_t result) {
+void check_launch(const KernelInfo& kernel, int32_t device, cudaError_t result) {
   STD_TORCH_CHECK(
       result != cudaErrorNotSupported, kernel.name,
       " does not handle this block shape or geometry; name another kernel or keep the layer dense");
+  STD_TORCH_CHECK(result != cudaErrorNoKernelImageForDevice, kernel.name,
+                  " is not in this build for device ", device, "; ", how_to_rebuild(device));
   STD_CUDA_CHECK(result);
 }
 

@@ -48,8 +48,11 @@ HeldEpilogue as_epilogue(const Input& input, const OptionalTensor& bias,
                          const OptionalTensor& residual, const OptionalBound& lower,
                          const OptionalBound& upper, int64_t rows, const Ints& shape);
 
-// An uninitialised tensor of the input's type and layout on its device.
-Tensor new_output(const Input& input, const Ints& shape);
+// An uninitialised tensor of the type of x on its device.
+Tensor new_output(const Tensor& x, MemoryFormat layout, const Ints& shape);
+
+// Refuses a result that a kernel cannot write as it is.
+void check_output(const Input& input, const Tensor& out, const Ints& shape);
 
 // Uninitialised float32 on the input's device, which lives as long as the tensor; null for none.
 struct Workspace {
@@ -62,7 +65,7 @@ Workspace new_workspace(const Input& input, int64_t floats);
 cudaStream_t current_stream(const Input& input);
 
 // Throws what a launcher has to say.
-void check_launch(const KernelInfo& kernel, cudaError_t result);
+void check_launch(const KernelInfo& kernel, int32_t device, cudaError_t result);
 
 Ints shape_of(const Tensor& tensor);
 

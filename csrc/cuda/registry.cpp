@@ -3,6 +3,12 @@
 
 #include <stdexcept>
 
+// What setup.py had nvcc make: machine code ("sm_80") and PTX ("compute_89"), with a space between.
+// Empty where it does not know.
+#ifndef SPARSELT_CUDA_CODE
+#define SPARSELT_CUDA_CODE ""
+#endif
+
 namespace sparselt::cuda {
 namespace {
 
@@ -41,6 +47,31 @@ int capability(int device) {
   return 0;
 }
 
+std::string version(int capability) {
+  return std::to_string(capability / 10) + "." + std::to_string(capability % 10);
+}
+
+// Whether one item of SPARSELT_CUDA_CODE runs on a capability. Machine code runs on its own and on
+// later ones of the same major number, PTX on all later ones; what ends in "a" on its own alone,
+// and what ends in "f" within its major number.
+bool serves(std::string_view item, int capability) {
+  const int built = std::stoi(std::string(item.substr(item.find('_') + 1)));
+  if (item.back() == 'a') return capability == built;
+  const bool within = item.rfind("sm_", 0) == 0 || item.back() == 'f';
+  return capability >= built && (!within || capability / 10 == built / 10);
+}
+
+bool is_built_for(int capability) {
+  std::string_view rest = SPARSELT_CUDA_CODE;
+  if (rest.empty()) return true;
+  while (true) {
+    const size_t end = rest.find(' ');
+    if (serves(rest.substr(0, end), capability)) return true;
+    if (end == std::string_view::npos) return false;
+    rest.remove_prefix(end + 1);
+  }
+}
+
 bool fits(const KernelInfo& kernel, std::string_view op, std::string_view format,
           std::string_view dtype) {
   return kernel.op == op && kernel.format == format && kernel.dtype == dtype;
@@ -50,19 +81,25 @@ bool fits(const KernelInfo& kernel, std::string_view op, std::string_view format
 
 std::span<const KernelInfo> kernels() { return kTable; }
 
+std::string how_to_rebuild(int device) {
+  return "rebuild sparselt with TORCH_CUDA_ARCH_LIST=" + version(capability(device));
+}
+
 std::string why_unusable(std::string_view isa, int device) {
   const int needed = std::stoi(std::string(isa.substr(2)));  // "sm80"
   const int found = capability(device);
   // Code for "sm90a" runs on 9.0 alone, other code on what is newer too.
   const bool exact = isa.back() == 'a';
-  if (exact ? found == needed : found >= needed) return "";
+  const bool suits = exact ? found == needed : found >= needed;
+  if (suits && is_built_for(found)) return "";
   if (found == 0) return "there is no CUDA device " + std::to_string(device);
-  const auto version = [](int value) {
-    return std::to_string(value / 10) + "." + std::to_string(value % 10);
-  };
-  return "it needs compute capability " + version(needed) + (exact ? " exactly" : "") +
-         ", device " + std::to_string(device) + " has " + version(found) +
-         "; run the layer on the CPU or keep it dense";
+  const std::string place = "device " + std::to_string(device) + " has " + version(found);
+  if (!suits) {
+    return "it needs compute capability " + version(needed) + (exact ? " exactly" : "") + ", " +
+           place + "; run the layer on the CPU or keep it dense";
+  }
+  return "this build has code for " SPARSELT_CUDA_CODE " alone, " + place + "; " +
+         how_to_rebuild(device);
 }
 
 const KernelInfo& find_kernel(std::string_view name, std::string_view op, std::string_view format,

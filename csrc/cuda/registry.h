@@ -24,8 +24,13 @@ struct KernelInfo {
 // In the order of kernels.inc.
 std::span<const KernelInfo> kernels();
 
-// Empty where kernels for `isa` can run on a device; otherwise the reason why not.
+// Empty where kernels for `isa` can run on a device; otherwise the reason why not. Asks for the
+// device's properties alone: a context, which takes hundreds of megabytes there, is left to those
+// who compute on it.
 std::string why_unusable(std::string_view isa, int device);
+
+// What to set to build for a device.
+std::string how_to_rebuild(int device);
 
 // The kernel called `name`, or with an empty name the first usable one, for an operation on a
 // format and type on a device. Throws with the names that would do.

@@ -16,7 +16,8 @@ import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -26,7 +27,17 @@ from torch import Tensor
 
 from sparselt.formats import SparseWeight
 
-__all__ = ["DTYPES", "Host", "KernelFaultError", "dtype_of", "host", "registered"]
+__all__ = [
+    "DTYPES",
+    "MAX_PARTS",
+    "ROOT",
+    "Host",
+    "KernelFaultError",
+    "built",
+    "dtype_of",
+    "host",
+    "registered",
+]
 
 ROOT = Path(__file__).resolve().parents[2]
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
@@ -75,19 +86,33 @@ def build(compiler: str, sanitized: bool) -> Path:
     headers = [*(ROOT / "csrc" / "cuda").glob("*.*h"), *Path(__file__).parent.glob("*.h")]
     headers.append(ROOT / "csrc" / "kernels.inc")
     flags = [*FLAGS, *(SANITIZERS if sanitized else [])]
-    key = hashlib.sha256(" ".join([compiler, *flags]).encode())
-    for path in sorted([*kernels, *program, *headers]):
+
+    def make(to: Path) -> None:
+        compile_program(compiler, flags, [*kernels, *program], to)
+
+    return built("kernels", [compiler, *flags], [*kernels, *program, *headers], make)
+
+
+def built(
+    name: str, flags: Sequence[str], sources: Sequence[Path], make: Callable[[Path], None]
+) -> Path:
+    """What `make` writes, kept in the temporary directory for this version of flags and sources."""
+    key = hashlib.sha256(" ".join(flags).encode())
+    for path in sorted(sources):
         key.update(path.name.encode() + path.read_bytes())
     folder = Path(tempfile.gettempdir(), f"sparselt-cuda-host-{os.getuid()}")
     folder.mkdir(mode=0o700, exist_ok=True)
-    place = hashlib.sha256(str(ROOT).encode()).hexdigest()[:8]
-    built = folder / f"{place}-{key.hexdigest()[:16]}"
+    place = f"{hashlib.sha256(str(ROOT).encode()).hexdigest()[:8]}-{name}"
+    to = folder / f"{place}-{key.hexdigest()[:16]}"
     with locked(folder / f"{place}.lock"):
-        if not built.exists():
+        if not to.exists():
             for old in folder.glob(f"{place}-*"):
                 old.unlink()
-            compile_program(compiler, flags, [*kernels, *program], built)
-    return built
+            with tempfile.TemporaryDirectory(dir=folder) as unfinished:
+                whole = Path(unfinished, name)
+                make(whole)
+                os.replace(whole, to)
+    return to
 
 
 def can_sanitize(compiler: str) -> bool:
@@ -107,25 +132,18 @@ def locked(path: Path) -> Iterator[None]:
 
 
 def compile_program(compiler: str, flags: Sequence[str], sources: list[Path], to: Path) -> None:
-    """Compiles two units at a time and links them; appears under its name when it is whole."""
+    """Compiles two units at a time and links them."""
     include = [f"-I{ROOT / 'csrc'}", f"-I{Path(__file__).parent}", "-DSPARSELT_CUDA_HOST"]
-    with tempfile.TemporaryDirectory(dir=to.parent) as folder:
-        objects = [Path(folder, f"{source.stem}.o") for source in sources]
-        commands = [
-            [compiler, *flags, *include, "-x", "c++", "-c", str(source), "-o", str(compiled)]
-            for source, compiled in zip(sources, objects, strict=True)
-        ]
-        for i in range(0, len(commands), 2):
-            running = [
-                subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-                for command in commands[i : i + 2]
-            ]
-            for process in running:
-                message = process.communicate()[1]
-                assert process.returncode == 0, message
-        whole = Path(folder, "program")
-        subprocess.run([compiler, *flags, *map(str, objects), "-o", str(whole)], check=True)
-        os.replace(whole, to)
+    objects = [to.parent / f"{source.stem}.o" for source in sources]
+
+    def compiled(source: Path, target: Path) -> None:
+        command = [compiler, *flags, *include, "-x", "c++", "-c", str(source), "-o", str(target)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(compiled, sources, objects))
+    subprocess.run([compiler, *flags, *map(str, objects), "-o", str(to)], check=True)
 
 
 class Host:
@@ -227,6 +245,30 @@ class Host:
         if channels_last:
             return y.view(shape[0], *shape[2:], shape[1]).movedim(-1, 1)
         return y.view(shape)
+
+    def launch(
+        self,
+        kernel: str,
+        integers: Sequence[int],
+        arrays: Sequence[Tensor | None],
+        limits: tuple[float, float],
+        workspace: bool,
+    ) -> Tensor:
+        """Runs a kernel on the fields of its call.
+
+        Args:
+            kernel: its registered name.
+            integers: of the call, in the order of runner.cpp.
+            arrays: the weight's parts, x, y, bias and residual; of y only the size counts.
+            limits: of the clamp.
+            workspace: whether the kernel gets the workspace it can use.
+
+        Returns:
+            y, flat as it lies in memory, in the kernel's type.
+        """
+        y = arrays[MAX_PARTS + 1]
+        assert y is not None
+        return self._call(kernel, (0, workspace), integers, limits, arrays, y.numel(), 0)
 
     def _call(
         self,
