@@ -37,6 +37,8 @@ def emit(build: Builder, node: fx.Node) -> None:
     """
     if LAYER in node.meta:
         result = _layer(build, node)
+        if any(build.tensor(other).shape != result.shape for other in node.args[1:]):
+            raise NotNativeError("a residual of another shape")
     elif clamp_bounds(node) is not None:
         result = _elements(build, node, "identity", clamp_bounds(node))
     elif operation(node) in _EMITTERS:

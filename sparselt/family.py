@@ -1,15 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A captured graph, and how it runs at each size: layer by layer as planned, or dense as a whole.
+"""A captured graph, and how it runs at each size: as a batch or one sample after the other, layer
+by layer as planned or dense as a whole.
 
 Layers are timed one at a time, which misses what they do to one another. So the network as planned
-is timed against the same network all dense once more, and dense wins where it is faster.
+is timed against the same network all dense once more, and dense wins where it is faster. A batch
+whose activations do not fit a core's cache is timed against as many runs of the network that is
+planned for one sample. That choice is made once for all numbers of threads, since kernels for one
+sample may round otherwise.
 """
 
 from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -24,7 +28,9 @@ from sparselt.explanation import Row
 from sparselt.lowering import Lowered, lower
 from sparselt.native import is_of_segment, nativize
 from sparselt.plan import DENSE, Plan
-from sparselt.tune import Tuner
+from sparselt.samples import EachSample, agree, first_samples, may_run_each
+from sparselt.shapes import copied, propagate
+from sparselt.tune import Tuner, cache_bytes
 
 __all__ = ["Bucket", "Family", "Planned", "Run"]
 
@@ -35,6 +41,8 @@ Bucket = tuple[tuple[int, ...], ...]
 _CLEAR = 1.5
 # Nor does one whose layers took so many times as long dense, each by itself.
 _CLEAR_LAYERS = 2.0
+# Nor a batch by the kernels of one sample that is so many times as slow as its samples one by one.
+_CLEAR_EACH = 1.3
 
 
 @dataclass
@@ -48,6 +56,7 @@ class Planned:
         run: the flat call.
         note: what was measured of the whole; empty where nothing was.
         plans: of the layers, by node name, as to be saved.
+        each: whether samples run one after the other; planned for one of them.
     """
 
     lowered: Lowered
@@ -56,6 +65,7 @@ class Planned:
     run: Run
     note: str = ""
     plans: dict[str, Plan] = field(default_factory=dict)
+    each: bool = False
 
     def others(self) -> tuple[dict[str, int], dict[str, int]]:
         """How often each operation that is no layer is called, natively and in torch."""
@@ -64,6 +74,16 @@ class Planned:
         called = Counter(operation(n) for n in nodes if not is_of_segment(n))
         in_torch = others & called
         return dict(others - in_torch), dict(in_torch)
+
+    def to_profile(self, leaves: Sequence[Any]) -> tuple[list[Any], Callable[[], object]]:
+        """The placeholders' values to profile the graph with, and the call to time beside it.
+
+        Args:
+            leaves: what the program is called with.
+        """
+        sample = first_samples(leaves) if self.each else None
+        values = [*self.constants, *(sample or leaves)]
+        return values, lambda: self.module.forward(*values) if sample else self.run(leaves)
 
     @property
     def notes(self) -> list[str]:
@@ -79,6 +99,7 @@ class Family:
         captured: the graph.
         tuner: plans and times.
         known: plans made before, by bucket and node name.
+        each: the buckets of these that run one sample after the other.
     """
 
     def __init__(
@@ -86,10 +107,12 @@ class Family:
         captured: Captured,
         tuner: Tuner,
         known: Mapping[Bucket, Mapping[str, Plan]] | None = None,
+        each: Collection[Bucket] = (),
     ) -> None:
         self.captured = captured
         self.tuner = tuner
         self.known = known or {}
+        self.each = each
         self.packed: dict[tuple[Any, ...], Any] = {}
         self.planned: dict[Bucket, Planned] = {}
         self.seen: set[tuple[tuple[int, ...] | None, ...]] = set()
@@ -127,8 +150,56 @@ class Family:
                     yield self.captured.constants[index]
 
     def _plan(self, key: Bucket, leaves: Sequence[Any]) -> Planned:
+        """As a batch, or one sample after the other."""
+        sample = first_samples(leaves)
+        if sample is None or not self.captured.accepts(sample, self.captured.input_spec):
+            return self._plan_layers(key, leaves, self.packed)
+        if key in self.known:
+            if key not in self.each:
+                return self._plan_layers(key, leaves, self.packed)
+            return self._one_by_one(self._plan_layers(key, sample, self.packed))
+        if self.tuner.is_forced or not self._may_run_each(leaves):
+            return self._plan_layers(key, leaves, self.packed)
+        own = self.bucket(sample)
+        packed = dict(self.packed)
+        one = self.planned[own] if own in self.planned else self._plan_layers(own, sample, packed)
+        each = self._one_by_one(one)
+        alike = self._planned(self._lower(leaves, self.tuner, packed, one.plans), leaves)
+        with torch.inference_mode():
+            same = agree(alike.run, each.run, leaves)
+        if not same:
+            return self._plan_layers(key, leaves, self.packed)
+        note = "samples run one after the other"
+        one_by_one = ("one by one", lambda: each.run(leaves))
+        clear = dict([one_by_one, ("as a batch", lambda: alike.run(leaves))])
+        if not _gains_clearly(one.plans.values()) or not _is_clearly_first(clear, _CLEAR_EACH):
+            batch = self._plan_layers(key, leaves, self.packed)
+            calls = dict([("as a batch", lambda: batch.run(leaves)), one_by_one])
+            best = self.tuner.fastest(calls, ("samples", id(self), key))
+            us = self.tuner.measured(("samples", id(self), key))
+            note += ": " + ", ".join(f"{name} {value:.0f} us" for name, value in us.items())
+            if best == "as a batch":
+                return batch
+        self.packed.update(packed)
+        return replace(each, note=f"{one.note}; {note}" if one.note else note)
+
+    def _may_run_each(self, leaves: Sequence[Any]) -> bool:
+        """Whether there is anything to choose, told from the shapes of all values."""
+        module = copied(self.captured.module)
+        propagate(module, [*self.captured.constants, *leaves])
+        count = next(leaf.shape[0] for leaf in leaves if isinstance(leaf, Tensor))
+        return may_run_each(module.graph, count, cache_bytes())
+
+    def _one_by_one(self, one: Planned) -> Planned:
+        each = EachSample(one.module, one.constants)
+        return replace(one, run=self._as_result(each), each=True)
+
+    def _plan_layers(
+        self, key: Bucket, leaves: Sequence[Any], packed: dict[tuple[Any, ...], Any]
+    ) -> Planned:
+        """Layer by layer, or dense as a whole."""
         known = self.known.get(key)
-        lowered = self._lower(leaves, self.tuner, self.packed, known)
+        lowered = self._lower(leaves, self.tuner, packed, known)
         planned = self._planned(lowered, leaves)
         sparse = [row for row in lowered.rows if row.kernel != DENSE]
         if known is not None or not sparse or self.tuner.is_forced:
@@ -136,8 +207,8 @@ class Family:
         if _gains_clearly(lowered.plans.values()):
             return planned
         # Not kept unless it wins: its weights are dense.
-        packed: dict[tuple[Any, ...], Any] = {}
-        dense = self._lower(leaves, self.tuner.dense(), packed, None)
+        own: dict[tuple[Any, ...], Any] = {}
+        dense = self._lower(leaves, self.tuner.dense(), own, None)
         other = self._planned(dense, leaves)
         calls = {"planned": lambda: planned.run(leaves), "all dense": lambda: other.run(leaves)}
         on_cuda = [x for x in leaves if isinstance(x, Tensor) and x.is_cuda]
@@ -150,7 +221,7 @@ class Family:
             return replace(planned, note=f"the whole network was measured too: {told}")
         reason = "stays dense: the whole network measured no faster with sparse layers"
         dense.rows = [_as_dense(row, reason) for row in lowered.rows]
-        self.packed.update(packed)
+        packed.update(own)
         # A dense program is to be dense again where it is loaded.
         other.plans = {
             name: plan
@@ -190,11 +261,15 @@ class Family:
         module = nativize(lowered.module)
         kept = [value for i, value in enumerate(self.captured.constants) if i not in unused]
         forward = module.forward
-        spec = self.captured.output_spec
-        run: Run = lambda leaves: pytree.tree_unflatten(forward(*kept, *leaves), spec)  # noqa: E731
-        if spec == pytree.tree_structure(torch.empty(0)):
-            run = lambda leaves: forward(*kept, *leaves)[0]  # noqa: E731
+        run = self._as_result(lambda leaves: forward(*kept, *leaves))
         return Planned(lowered, module, kept, graphed(run, leaves), plans=lowered.plans)
+
+    def _as_result(self, flat: Run) -> Run:
+        """The flat call, with its results put together as the model's."""
+        spec = self.captured.output_spec
+        if spec == pytree.tree_structure(torch.empty(0)):
+            return lambda leaves: flat(leaves)[0]
+        return lambda leaves: pytree.tree_unflatten(flat(leaves), spec)
 
 
 def _gains_clearly(plans: Iterable[Plan]) -> bool:
@@ -209,7 +284,7 @@ def _gains_clearly(plans: Iterable[Plan]) -> bool:
     return dense_us > _CLEAR_LAYERS * chosen_us
 
 
-def _is_clearly_first(calls: Mapping[str, Callable[[], object]]) -> bool:
+def _is_clearly_first(calls: Mapping[str, Callable[[], object]], times: float = _CLEAR) -> bool:
     """Whether one call of each, after one to warm up, leaves no doubt that the first is faster."""
     spent = []
     with torch.inference_mode():
@@ -218,7 +293,7 @@ def _is_clearly_first(calls: Mapping[str, Callable[[], object]]) -> bool:
             begin = time.perf_counter()
             call()
             spent.append(time.perf_counter() - begin)
-    return spent[0] * _CLEAR < min(spent[1:])
+    return spent[0] * times < min(spent[1:])
 
 
 def _as_dense(row: Row, reason: str) -> Row:

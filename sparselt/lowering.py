@@ -16,8 +16,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torch.nn import functional as F
 
 from sparselt.builder import LAYER, DenseStep, operation
@@ -29,6 +27,7 @@ from sparselt.nn import SPARSE_LAYERS, SparseConv2d, SparseLayer, SparseLinear
 from sparselt.plan import SEMI_STRUCTURED, Plan
 from sparselt.pooling import max_pool_step
 from sparselt.semi_structured import SemiStructuredLinear
+from sparselt.shapes import copied, propagate
 from sparselt.tune import Tuner
 
 __all__ = ["Lowered", "lower"]
@@ -98,9 +97,8 @@ def lower(
             that several lowerings of one graph share their memory.
         plans: of layers planned before, by node name; the others are planned anew.
     """
-    graph = fx.Graph()
-    graph.output(graph.graph_copy(module.graph, {}))
-    result = fx.GraphModule(module, graph)
+    result = copied(module)
+    graph = result.graph
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
     # A buffer that the graph itself writes to is no constant.
     constant = Constants(
@@ -111,7 +109,7 @@ def lower(
         }
     )
     _erase_dropout(graph)
-    _propagate(result, inputs)
+    propagate(result, inputs)
     lowering = _Lowering(graph, constant, tuner, {} if packed is None else packed, plans or {})
     for index, name in (names or {}).items():
         lowering.names[placeholders[index]] = name
@@ -138,18 +136,6 @@ def lower(
     return Lowered(
         result, unused, lowering.rows, weights, sources, dict(others), calls, lowering.plans
     )
-
-
-def _propagate(module: fx.GraphModule, inputs: Sequence[Any]) -> None:
-    """Leaves the shape of every node's value in its meta, without computing anything."""
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    with mode, torch.no_grad():
-        fakes = [
-            mode.from_tensor(x.detach(), static_shapes=True) if isinstance(x, Tensor) else x
-            for x in inputs
-        ]
-    with torch.no_grad():
-        FakeTensorProp(module, mode).propagate_dont_convert_inputs(*fakes)
 
 
 def _erase_dropout(graph: fx.Graph) -> None:

@@ -20,12 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from sparselt.builder import LAYER, Builder, DenseStep, NotNativeError, Shape, operation
+from sparselt.builder import LAYER, Builder, DenseStep, NotNativeError, operation
 from sparselt.emit import emit
 from sparselt.extension import ArenaPool, NativeProgram
-from sparselt.fuse import argument, is_mutating
+from sparselt.fuse import is_mutating
 
-__all__ = ["SEGMENT", "Segment", "is_of_segment", "nativize"]
+__all__ = ["SEGMENT", "Segment", "SegmentProgram", "is_of_segment", "nativize"]
 
 # Where a graph's node that calls a segment keeps it.
 SEGMENT = "sparselt_segment"
@@ -35,8 +35,12 @@ _MAX_PROGRAMS = 32
 # A run of this length on all threads is longer on one: there is nothing to choose.
 _LONG_RUN_US = 1000.0
 _ROUNDS = 7
-_SAMPLE_ROUNDS = 2
-_CLEAR_GAIN = 0.95
+_EACH_ROUNDS = 3
+# A run shorter than this on one thread takes two only where they are so many times as fast.
+_SHORT_RUN_US = 100.0
+_CLEAR_GAIN = 1.3
+# The first address of a tensor, and how many floats its samples lie apart.
+_Stretches = list[tuple[int, int]]
 # Steps that return their operand's memory: what is written to them is written to it.
 _VIEWS = {"alias", "contiguous", "detach", "flatten", "reshape", "view"}
 # Steps that change nothing, whatever their flags look like.
@@ -57,9 +61,7 @@ class Segment:
         self.inputs = [node for node in graph.nodes if node.op == "placeholder"]
         self.nodes = [node for node in graph.nodes if node.op.startswith("call_")]
         self.outputs = next(node for node in graph.nodes if node.op == "output").args[0]
-        self.programs: dict[tuple[Any, ...], _Program | None] = {}
-        # By shapes, and not by threads: a choice between kernels that round differently.
-        self.sample_wise: dict[tuple[Any, ...], bool] = {}
+        self.programs: dict[tuple[Any, ...], SegmentProgram | None] = {}
         self.lock = threading.Lock()
 
     def __call__(self, *values: Any) -> Any:
@@ -70,11 +72,11 @@ class Segment:
         results = self.torch(*values)
         return results[0] if len(results) == 1 else results
 
-    def program_for(self, values: Sequence[Any]) -> _Program | None:
+    def program_for(self, values: Sequence[Any]) -> SegmentProgram | None:
         """The program for values of these shapes; None where torch is to run."""
         if torch.is_autocast_enabled("cpu") or not all(map(_is_plain, values)):
             return None
-        key = (*_shapes(values), torch.get_num_threads())
+        key = (*[x.shape if isinstance(x, Tensor) else x for x in values], torch.get_num_threads())
         try:
             return self.programs[key]
         except KeyError:
@@ -87,21 +89,26 @@ class Segment:
                 self.programs[key] = made
             return self.programs[key]
 
-    def _make(self, values: Sequence[Any]) -> _Program | None:
+    def _make(self, values: Sequence[Any]) -> SegmentProgram | None:
         if any(isinstance(x, Tensor) and x.numel() == 0 for x in values):
             return None
         try:
-            return _Program(self, values)
+            return SegmentProgram(self, values)
         except (NotNativeError, RuntimeError):
             return None
 
 
-class _Program:
-    """A segment for inputs of given shapes."""
+class SegmentProgram:
+    """A segment for inputs of given shapes.
+
+    Attributes:
+        shapes: of the results.
+        steps: the node that each step belongs to, and the floats of its result.
+        apart: whether each thread runs samples of its own; None where that was never asked.
+    """
 
     def __init__(self, segment: Segment, values: Sequence[Any]) -> None:
         self.native = NativeProgram(torch.get_num_threads(), segment.pool)
-        self.sample: _Program | None = None
         build = Builder(self.native)
         for node, value in zip(segment.inputs, values, strict=True):
             build.add_input(node, tuple(value.shape) if isinstance(value, Tensor) else value)
@@ -112,33 +119,32 @@ class _Program:
             raise NotNativeError("an empty tensor")
         self.native.finish()
         self.steps = [(node, build.values[node].floats) for node in build.names]
+        self.apart: bool | None = None
         if self.native.has_parts and torch.get_num_threads() > 1:
             self._choose_threads(values)
-        if _has_samples(segment, values, self.shapes):
-            self._choose_samples(segment, values)
 
     def __call__(self, values: Sequence[Any]) -> Any:
         inputs, outputs = self._bind(values)
-        self._run(inputs, outputs)
+        self.native.run([x.data_ptr() for x in inputs], [y.data_ptr() for y in outputs])
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
-    def _run(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
-        if self.sample is None:
-            self.native.run([x.data_ptr() for x in inputs], [y.data_ptr() for y in outputs])
-        else:
-            self.sample.run_each(inputs, outputs)
+    def run_each(self, values: Sequence[Any], of_samples: Sequence[bool]) -> list[Tensor]:
+        """The results for each of several samples, put together; the program is one for one sample.
 
-    def run_each(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
-        """Runs a program for one sample on one after the other of several."""
-        count = inputs[0].shape[0]
-        given, results = (
-            [(x.data_ptr(), x.nbytes // count) for x in tensors] for tensors in (inputs, outputs)
-        )
-        for i in range(count):
-            self.native.run(
-                [first + i * step for first, step in given],
-                [first + i * step for first, step in results],
-            )
+        Args:
+            values: tensors, and whole numbers.
+            of_samples: which of them are of all samples, along the first dimension.
+        """
+        given = zip(values, of_samples, strict=True)
+        inputs = [(x.contiguous(), each) for x, each in given if isinstance(x, Tensor)]
+        count = next(x.shape[0] for x, each in inputs if each)
+        outputs = [torch.empty((count, *shape[1:])) for shape in self.shapes]
+        sources = [(x.data_ptr(), x.numel() // count if each else 0) for x, each in inputs]
+        results = [(y.data_ptr(), y.numel() // count) for y in outputs]
+        if self.apart is None and count >= torch.get_num_threads() > 1:
+            self.apart = self._choose_apart(sources, results)
+        self.native.run_each(sources, results, count, bool(self.apart))
+        return outputs
 
     def watch(self, values: Sequence[Any]) -> tuple[Any, list[tuple[int, int]]]:
         """The results, and begin and end of each step in nanoseconds."""
@@ -153,79 +159,37 @@ class _Program:
         return inputs, [torch.empty(shape) for shape in self.shapes]
 
     def _choose_threads(self, values: Sequence[Any]) -> None:
-        """Runs on one thread where that is faster: waking another costs microseconds."""
+        """Runs on one thread where that is faster: waking another costs microseconds.
+
+        A short run takes two only for a clear gain: where others keep the cores busy, the second
+        thread arrives after milliseconds.
+        """
         self(values)  # touches the arena for the first time, which is slow
         best = {True: math.inf, False: math.inf}
         for _ in range(_ROUNDS):
             for parallel in best:
                 self.native.set_parallel(parallel)
-                begin = time.perf_counter_ns()
-                self(values)
-                best[parallel] = min(best[parallel], (time.perf_counter_ns() - begin) / 1e3)
+                best[parallel] = min(best[parallel], _microseconds(self, values))
                 if best[True] > _LONG_RUN_US:
                     return
-        self.native.set_parallel(best[True] < best[False])
+        gain = _CLEAR_GAIN if best[False] < _SHORT_RUN_US else 1.0
+        self.native.set_parallel(best[True] * gain < best[False])
 
-    def _choose_samples(self, segment: Segment, values: Sequence[Any]) -> None:
-        """Takes one sample after the other where that is faster and comes to the same.
-
-        Activations of one sample stay in caches that those of a batch do not fit. Kernels for one
-        sample may round otherwise than those for a batch, so the choice is made once for all
-        numbers of threads.
-        """
-        key = _shapes(values)
-        if segment.sample_wise.get(key) is False:
-            return
-        # Not the caller's values: samples that are alike would hide that the network mixes them.
-        inputs = [torch.randn(x.shape) for x in values]
-        outputs, others = ([torch.empty(shape) for shape in self.shapes] for _ in range(2))
-        whole = self._time(inputs, outputs)
-        sample = None
-        if key in segment.sample_wise or whole >= _LONG_RUN_US:
-            sample = self._one_sample(segment, inputs)
-        if key not in segment.sample_wise and sample is not None:
-            runs = {False: [whole], True: []}
-            for _ in range(_SAMPLE_ROUNDS):
-                for each in runs:
-                    self.sample = sample if each else None
-                    runs[each].append(self._time(inputs, others if each else outputs))
-            same = all(
-                torch.allclose(a, b, 1e-4, 1e-4 * float(b.abs().max()))
-                for a, b in zip(others, outputs, strict=True)
-            )
-            if not same or min(runs[True]) >= _CLEAR_GAIN * min(runs[False]):
-                sample = None
-        segment.sample_wise[key] = sample is not None
-        self.sample = sample
-
-    def _one_sample(self, segment: Segment, inputs: Sequence[Tensor]) -> _Program | None:
-        """The segment's program for the first sample, where its outputs are one sample's too."""
-        try:
-            sample = _Program(segment, [x[:1] for x in inputs])
-        except (NotNativeError, RuntimeError):
-            return None
-        return sample if sample.shapes == [(1, *shape[1:]) for shape in self.shapes] else None
-
-    def _time(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> float:
-        begin = time.perf_counter_ns()
-        self._run(inputs, outputs)
-        return (time.perf_counter_ns() - begin) / 1e3
+    def _choose_apart(self, inputs: _Stretches, outputs: _Stretches) -> bool:
+        """Whether threads gain by having samples of their own, to the same bits."""
+        threads = torch.get_num_threads()
+        best = {True: math.inf, False: math.inf}
+        for _ in range(_EACH_ROUNDS):
+            for apart in best:
+                us = _microseconds(self.native.run_each, inputs, outputs, threads, apart)
+                best[apart] = min(best[apart], us)
+        return best[True] < best[False]
 
 
-def _shapes(values: Sequence[Any]) -> tuple[Any, ...]:
-    return tuple(x.shape if isinstance(x, Tensor) else x for x in values)
-
-
-def _has_samples(segment: Segment, values: Sequence[Any], shapes: Sequence[Shape]) -> bool:
-    """Whether all that goes in and out has one leading size above 1, by which nothing is joined."""
-    if not all(isinstance(x, Tensor) and x.dim() for x in values):
-        return False
-    sizes = {shape[:1] for shape in (*[tuple(x.shape) for x in values], *shapes)}
-    joined = any(
-        operation(node) in ("cat", "concat") and argument(node, 1, "dim", 0) == 0
-        for node in segment.nodes
-    )
-    return len(sizes) == 1 and sizes != {(1,)} and () not in sizes and not joined
+def _microseconds(call: Callable[..., object], *args: Any) -> float:
+    begin = time.perf_counter_ns()
+    call(*args)
+    return (time.perf_counter_ns() - begin) / 1e3
 
 
 def _is_plain(value: Any) -> bool:

@@ -48,11 +48,13 @@ class Loaded:
     Attributes:
         captured: the graph.
         plans: as saved, by bucket and node name; empty where they are another machine's.
+        each: the buckets whose samples run one after the other.
         seen: the shapes that the program had run before it was saved, one a call.
     """
 
     captured: Captured
     plans: dict[Bucket, dict[str, Plan]] = field(default_factory=dict)
+    each: set[Bucket] = field(default_factory=set)
     seen: list[list[tuple[int, ...] | None]] = field(default_factory=list)
 
 
@@ -132,7 +134,11 @@ def _text(family: Family, constants: list[int]) -> dict[str, Any]:
     except GraphTextError as error:
         raise OptionError(f"save: {error}; save the model and compile it where it runs") from error
     plans = [
-        [bucket, {str(names.index(node)): _plan_text(plan) for node, plan in found.plans.items()}]
+        [
+            bucket,
+            {str(names.index(node)): _plan_text(plan) for node, plan in found.plans.items()},
+            found.each,
+        ]
         for bucket, found in family.planned.items()
     ]
     return {
@@ -174,10 +180,13 @@ def _loaded(text: Mapping[str, Any], tensors: Sequence[Tensor], same_machine: bo
         bound,
     )
     plans: dict[Bucket, dict[str, Plan]] = {}
-    for bucket, entries in text["plans"] if same_machine else ():
+    each: set[Bucket] = set()
+    for bucket, entries, one_by_one in text["plans"] if same_machine else ():
         key = tuple(tuple(map(_index, part)) for part in bucket)
         plans[key] = {f"n{int(node)}": _plan(entry) for node, entry in entries.items()}
-    return Loaded(captured, plans, seen)
+        if one_by_one:
+            each.add(key)
+    return Loaded(captured, plans, each, seen)
 
 
 class _Seen:

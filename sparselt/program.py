@@ -85,7 +85,7 @@ class Program:
         program = cls.__new__(cls)
         program._begin(None, title, graphs[0].captured.constants)
         for loaded in graphs:
-            family = Family(loaded.captured, program._tuner, loaded.plans)
+            family = Family(loaded.captured, program._tuner, loaded.plans, loaded.each)
             program._families.append(family)
         try:
             for loaded in graphs:
@@ -143,7 +143,8 @@ class Program:
             **kwargs: likewise.
 
         Returns:
-            One row a step; `str()` is a table, and `save_trace(path)` writes a Chrome trace.
+            One row a step, of one sample where they run one after the other; `str()` is a table,
+            and `save_trace(path)` writes a Chrome trace.
 
         Raises:
             OptionError: `runs` is not positive.
@@ -160,15 +161,9 @@ class Program:
         for family in self._families:
             for planned in family.planned.values():
                 if planned.run is route:
-                    lowered, values = planned.lowered, [*planned.constants, *leaves]
-                    return profile_graph(
-                        planned.module,
-                        values,
-                        lowered.rows,
-                        lowered.calls,
-                        lambda: route(leaves),
-                        runs,
-                    )
+                    lowered, (values, run) = planned.lowered, planned.to_profile(leaves)
+                    rows, calls = lowered.rows, lowered.calls
+                    return profile_graph(planned.module, values, rows, calls, run, runs)
         assert self._converted is not None
         return profile_modules(
             self._converted, explain(self._converted), lambda: route(leaves), runs

@@ -31,6 +31,22 @@ void run(const Program& program, const Addresses& inputs, const Addresses& outpu
   program.run(as_const_floats(inputs), as_floats(outputs));
 }
 
+using Stretches = std::vector<std::pair<uintptr_t, int64_t>>;
+
+template <class T>
+std::vector<Samples<T>> as_samples(const Stretches& stretches) {
+  std::vector<Samples<T>> samples;
+  samples.reserve(stretches.size());
+  for (const auto& [first, step] : stretches)
+    samples.push_back({reinterpret_cast<T*>(first), step});
+  return samples;
+}
+
+void run_each(const Program& program, const Stretches& inputs, const Stretches& outputs,
+              int64_t count, bool apart) {
+  program.run_each(as_samples<const float>(inputs), as_samples<float>(outputs), count, apart);
+}
+
 std::vector<std::pair<int64_t, int64_t>> run_watched(const Program& program,
                                                      const Addresses& inputs,
                                                      const Addresses& outputs) {
@@ -134,6 +150,7 @@ void bind_program(pybind11::module_& module) {
       .def("finish", &Program::finish)
       .def("set_parallel", &Program::set_parallel)
       .def("run", &run, Release())
+      .def("run_each", &run_each, Release())
       .def("run_watched", &run_watched, Release());
   module.def("plan_memory", &plan);
 }

@@ -41,6 +41,13 @@ class TorchCall {
   virtual Tensor run(float* x) const = 0;
 };
 
+// The same input or output of several runs; `step` is 0 where all runs share it.
+template <class T>
+struct Samples {
+  T* first;
+  int64_t step;  // in floats
+};
+
 // Nanoseconds from the begin of the run.
 struct Span {
   int64_t begin;
@@ -81,6 +88,11 @@ class Program {
   // From any thread, and from several at once. One pointer an input and output, in the order they
   // were added.
   void run(const std::vector<const float*>& inputs, const std::vector<float*>& outputs) const;
+  // As many runs as there are samples, of a program for one. With `apart`, each thread runs samples
+  // of its own, each from begin to end and in an arena of its own, as far as there are as many for
+  // all threads; all of them together run the others. The bits are the same.
+  void run_each(const std::vector<Samples<const float>>& inputs,
+                const std::vector<Samples<float>>& outputs, int64_t count, bool apart) const;
   // Step by step on all threads, with the time of each.
   std::vector<Span> run_watched(const std::vector<const float*>& inputs,
                                 const std::vector<float*>& outputs) const;
@@ -143,7 +155,8 @@ class Program {
   void run_torch(Context& context, size_t step) const;
   void run_part(const Context& context, const Region& region, const Unit& unit, int64_t part,
                 int64_t slot) const;
-  void run_region(Context& context, const Region& region) const;
+  void run_region(Context& context, const Region& region, bool parallel) const;
+  void run_steps(Context& context, bool parallel) const;
   void work(Context& context, const Region& region, int64_t slot) const;
 
   const int64_t threads_;

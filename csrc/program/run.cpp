@@ -142,8 +142,8 @@ void Program::work(Context& context, const Region& region, int64_t slot) const {
   }
 }
 
-void Program::run_region(Context& context, const Region& region) const {
-  if (threads_ == 1 || !parallel_ || !region.has_parts()) {
+void Program::run_region(Context& context, const Region& region, bool parallel) const {
+  if (threads_ == 1 || !parallel || !region.has_parts()) {
     for (const Unit& unit : region.units) {
       for (int64_t part = 0; part < unit.parts; ++part) run_part(context, region, unit, part, 0);
     }
@@ -155,18 +155,47 @@ void Program::run_region(Context& context, const Region& region) const {
                               [&](int64_t slot, int64_t) { work(context, region, slot); });
 }
 
-void Program::run(const std::vector<const float*>& inputs,
-                  const std::vector<float*>& outputs) const {
-  const Loan loan(*this);
-  Context& context = *loan;
-  bind(context, inputs, outputs);
+void Program::run_steps(Context& context, bool parallel) const {
   for (size_t i = 0; i < regions_.size(); ++i) {
-    run_region(context, regions_[i]);
+    run_region(context, regions_[i], parallel);
     if (i < calls_.size()) run_torch(context, calls_[i]);
   }
   for (const size_t call : calls_) {
     context.results[static_cast<size_t>(steps_[call].values.y)].reset();
   }
+}
+
+void Program::run(const std::vector<const float*>& inputs,
+                  const std::vector<float*>& outputs) const {
+  const Loan loan(*this);
+  bind(*loan, inputs, outputs);
+  run_steps(*loan, parallel_);
+}
+
+void Program::run_each(const std::vector<Samples<const float>>& inputs,
+                       const std::vector<Samples<float>>& outputs, int64_t count,
+                       bool apart) const {
+  const int64_t shared_out = apart && threads_ > 1 ? count / threads_ * threads_ : 0;
+  std::atomic<int64_t> next{0};
+  const auto run_until = [&](int64_t end, bool parallel) {
+    const Loan loan(*this);
+    std::vector<const float*> sources(inputs.size());
+    std::vector<float*> results(outputs.size());
+    for (int64_t i = next++; i < end; i = next++) {
+      for (size_t k = 0; k < inputs.size(); ++k) sources[k] = inputs[k].first + i * inputs[k].step;
+      for (size_t k = 0; k < outputs.size(); ++k) {
+        results[k] = outputs[k].first + i * outputs[k].step;
+      }
+      bind(*loan, sources, results);
+      run_steps(*loan, parallel);
+    }
+  };
+  if (shared_out > 0) {
+    torch::stable::parallel_for(0, threads_, 1,
+                                [&](int64_t, int64_t) { run_until(shared_out, false); });
+  }
+  next = shared_out;
+  run_until(count, parallel_);
 }
 
 std::vector<Span> Program::run_watched(const std::vector<const float*>& inputs,
@@ -183,7 +212,7 @@ std::vector<Span> Program::run_watched(const std::vector<const float*>& inputs,
   for (size_t i = 0; i < steps_.size(); ++i) {
     const int64_t step_begin = now();
     if (steps_[i].task) {
-      run_region(context, regions[i]);
+      run_region(context, regions[i], parallel_);
     } else {
       run_torch(context, i);
     }
