@@ -20,6 +20,8 @@ from sparselt.errors import SparseltError
 
 __all__ = ["CaptureError", "Captured", "capture"]
 
+# Torch's modules that log a failed trace.
+_TALKATIVE = ("torch.fx.experimental.symbolic_shapes", "torch._subclasses.fake_tensor")
 _CONSTANTS = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
 
 
@@ -115,14 +117,15 @@ def capture(
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Keeps torch from printing a failed trace: the failure is reported in a sentence."""
-    logger = logging.getLogger("torch.fx.experimental.symbolic_shapes")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    levels = {logger: logger.level for logger in map(logging.getLogger, _TALKATIVE)}
+    for logger in levels:
+        logger.setLevel(logging.CRITICAL)
     try:
         with contextlib.redirect_stderr(io.StringIO()):
             yield
     finally:
-        logger.setLevel(level)
+        for logger, level in levels.items():
+            logger.setLevel(level)
 
 
 def _read(

@@ -100,10 +100,13 @@ def prepare(model: nn.Module) -> Prepared:
     """Copies a model for inference, and bakes what recomputes its weights.
 
     Raises:
-        OptionError: `model` is not a module.
+        OptionError: `model` is not a module, or one of TorchScript.
     """
     if not isinstance(model, nn.Module):
         raise OptionError(explain_mismatch("model", "a torch.nn.Module", type(model).__name__))
+    if isinstance(model, torch.jit.ScriptModule):
+        expected = "the module that TorchScript was made from"
+        raise OptionError(explain_mismatch("model", expected, type(model).__name__))
     prepared = Prepared(_copy(model).eval().requires_grad_(False))
     for module in list(prepared.model.modules()):
         mask = _bake(module)

@@ -169,6 +169,15 @@ def test_what_cannot_be_captured_runs_layer_by_layer_and_says_why(capfd):
     assert capfd.readouterr().err == ""
 
 
+def test_inputs_that_the_model_refuses_are_refused_in_its_own_words_and_no_others(capfd, caplog):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(144, 5)).eval()
+    program = sparselt.compile(model, torch.ones(2, 3, 8, 8))
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        program(torch.ones(2, 3, 9, 9))
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
+    assert capfd.readouterr().err == ""
+
+
 def test_a_graph_that_computes_something_else_is_not_used(monkeypatch):
     class Noise(nn.Module):
         def __init__(self) -> None:

@@ -273,6 +273,11 @@ def test_other_types_stay_dense_and_say_why():
     ("call", "error", "message"),
     [
         (lambda: sparselt.convert("model"), OptionError, "torch.nn.Module, got str"),
+        (
+            lambda: sparselt.convert(torch.jit.trace(nn.Linear(2, 2), torch.ones(1, 2))),
+            OptionError,
+            "that TorchScript was made from, got TopLevelTracedModule",
+        ),
         (lambda: sparselt.convert(nn.Linear(2, 2), format="coo"), OptionError, "coo"),
         (lambda: sparselt.convert(nn.Linear(2, 2), torch.ones(3)), OptionError, "fails on them"),
         (lambda: sparselt.explain(3), OptionError, "a compiled program, got int"),
