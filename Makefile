@@ -5,6 +5,7 @@ VENV ?= .venv
 TEST_PROCESSES ?= 2
 PYTEST_ARGS ?=
 FUZZ_ARGS ?= --problems 100000 --seed 0
+FUZZ_NETWORKS_ARGS ?= --problems 300
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
@@ -40,8 +41,9 @@ test-sanitized: $(VENV)/.installed  ## Run the kernel tests under Address- and U
 	    ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	    $(abspath $(BIN))/python -m pytest -p no:cacheprovider tests/test_kernel*.py tests/test_ops*.py $(PYTEST_ARGS)
 
-fuzz: $(VENV)/.installed  ## Run random problems through every kernel against the reference.
+fuzz: $(VENV)/.installed  ## Run random problems through every kernel, and random networks, against float64.
 	$(BIN)/python tests/fuzz.py $(FUZZ_ARGS)
+	$(BIN)/python tests/fuzz_networks.py $(FUZZ_NETWORKS_ARGS)
 
 bench: $(VENV)/.installed  ## Time the kernels.
 	$(BIN)/python -m pytest bench --benchmark-only $(PYTEST_ARGS)

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The fuzzer of `make fuzz`: it runs all kernels, finds what is wrong, and names the problem."""
+"""The fuzzers of `make fuzz`: they run all kernels, find what is wrong, and name the problem."""
 
 from __future__ import annotations
 
 import fuzz
+import fuzz_networks
 import pytest
 import torch
 
@@ -44,3 +45,20 @@ def test_the_fuzzer_stops_at_a_wrong_result_and_says_how_to_see_it_again(
 
 def test_a_problem_depends_on_its_number_and_not_on_those_before() -> None:
     assert fuzz.run_problem(1, 17) == fuzz.run_problem(1, 17)
+
+
+@pytest.mark.parametrize("number", range(6))
+def test_a_random_network_computes_what_torch_does(number: int) -> None:
+    fuzz_networks.run_problem(number)
+
+
+def test_the_fuzzer_of_networks_stops_at_a_wrong_one(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(
+        fuzz_networks, "made_fast", lambda how, model, *_: (how, lambda x: model(x) * 1.001)
+    )
+    assert fuzz_networks.main(["--problems", "1", "--first", "3"]) == 1
+    told = capsys.readouterr().err
+    assert "network 3 failed: AssertionError" in told
+    assert "again: python tests/fuzz_networks.py --first 3 --problems 1" in told
