@@ -24,7 +24,7 @@ constexpr int kTileRows = 4;
 // Rows [first_row, first_row + kTileRows) of a slice, N registers from `first` on.
 template <int NV, int N>
 void multiply_tile(const PanelCall& call, int64_t slice, int64_t first_row, int first,
-                   bool is_first) {
+                   bool is_first, bool finish) {
   const SellView& w = call.weight;
   __m256 sum[kTileRows][N];
   SPARSELT_UNROLL
@@ -48,9 +48,16 @@ void multiply_tile(const PanelCall& call, int64_t slice, int64_t first_row, int 
     values += w.slice_height;
   }
   const int32_t* rows = w.slice_rows + slice * w.slice_height + first_row;
-  SPARSELT_UNROLL
-  for (int r = 0; r < kTileRows; ++r) {
-    if (rows[r] >= 0) add_to_row<NV>(call, rows[r], first, sum[r], is_first);
+  if (finish) {
+    SPARSELT_UNROLL
+    for (int r = 0; r < kTileRows; ++r) {
+      if (rows[r] >= 0) finish_row<NV>(call, rows[r], first, sum[r], is_first);
+    }
+  } else {
+    SPARSELT_UNROLL
+    for (int r = 0; r < kTileRows; ++r) {
+      if (rows[r] >= 0) add_to_row<NV>(call, rows[r], first, sum[r], is_first);
+    }
   }
 }
 
@@ -59,13 +66,14 @@ void multiply_block(const PanelCall& call, int64_t first_slice, int64_t last_sli
                     bool is_last) {
   constexpr int kTileRegisters = NV == 1 ? 2 : NV;
   const int64_t height = call.weight.slice_height;
+  const bool finish = is_last && is_whole<NV>(call.panel);
   for (int64_t slice = first_slice; slice < last_slice; ++slice) {
     for (int64_t row = 0; row < height; row += kTileRows) {
       for (int first = 0; first < 2 * NV; first += kTileRegisters) {
-        multiply_tile<NV, kTileRegisters>(call, slice, row, first, is_first);
+        multiply_tile<NV, kTileRegisters>(call, slice, row, first, is_first, finish);
       }
     }
-    if (!is_last) continue;
+    if (!is_last || finish) continue;
     const int32_t* rows = call.weight.slice_rows + slice * height;
     for (int64_t r = 0; r < height; ++r) {
       if (rows[r] >= 0) store_row<NV>(call, rows[r]);

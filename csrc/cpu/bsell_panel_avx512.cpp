@@ -47,13 +47,16 @@ void multiply_tile(const PanelCall& call, int64_t slice, int64_t first, bool is_
     values += w.slice_height;
   }
   const int32_t* rows = w.slice_rows + slice * w.slice_height + first;
-  SPARSELT_UNROLL
-  for (int r = 0; r < R; ++r) {
-    if (rows[r] >= 0) add_to_row<NV>(call, rows[r], sum[r], is_first);
-  }
-  if (!is_last) return;
-  for (int r = 0; r < R; ++r) {
-    if (rows[r] >= 0) store_row<NV>(call, rows[r]);
+  if (is_last) {
+    SPARSELT_UNROLL
+    for (int r = 0; r < R; ++r) {
+      if (rows[r] >= 0) finish_row<NV>(call, rows[r], sum[r], is_first);
+    }
+  } else {
+    SPARSELT_UNROLL
+    for (int r = 0; r < R; ++r) {
+      if (rows[r] >= 0) add_to_row<NV>(call, rows[r], sum[r], is_first);
+    }
   }
 }
 

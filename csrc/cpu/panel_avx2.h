@@ -96,6 +96,31 @@ void add_to_row(const PanelCall& call, int64_t m, int first, const __m256 (&sum)
   }
 }
 
+// Whether each vector of the panel has one place in y.
+template <int NV>
+bool is_whole(const Panel& panel) {
+  return panel.num_stores == NV;
+}
+
+// Ends row m, registers [first, first + N) of a whole panel, with the sums of the last block, from
+// their registers.
+template <int NV, int N>
+void finish_row(const PanelCall& call, int64_t m, int first, const __m256 (&sum)[N],
+                bool is_first) {
+  const Panel& panel = call.panel;
+  const float* sums = call.sums + m * (NV * kPieceLanes) + first * kLanes;
+  const __m256 bias = _mm256_set1_ps(call.epilogue.bias ? call.epilogue.bias[m] : 0.0f);
+  float* y = panel.y + m * panel.y_stride;
+  const float* residual =
+      call.epilogue.residual ? call.epilogue.residual + m * panel.y_stride : nullptr;
+  SPARSELT_UNROLL
+  for (int i = 0; i < N; ++i) {
+    const __m256 before = is_first ? bias : _mm256_load_ps(sums + i * kLanes);
+    store_half(_mm256_add_ps(before, sum[i]), panel.stores[(first + i) / 2], (first + i) % 2,
+               call.epilogue, residual, y);
+  }
+}
+
 using BlockFunction = void (*)(const PanelCall& call, int64_t first_slice, int64_t last_slice,
                                bool is_first, bool is_last);
 

@@ -73,6 +73,46 @@ void add_to_row(const PanelCall& call, int64_t m, const __m512 (&sum)[NV], bool 
   }
 }
 
+// Ends row m with the sums of the last block. Where each vector has one place in y they go there
+// from their registers.
+template <int NV>
+void finish_row(const PanelCall& call, int64_t m, const __m512 (&sum)[NV], bool is_first) {
+  const Panel& panel = call.panel;
+  if (panel.num_stores != NV) {
+    add_to_row<NV>(call, m, sum, is_first);
+    store_row<NV>(call, m);
+    return;
+  }
+  const __m512 lower = _mm512_set1_ps(call.epilogue.lower);
+  const __m512 upper = _mm512_set1_ps(call.epilogue.upper);
+  const __m512 bias = _mm512_set1_ps(call.epilogue.bias ? call.epilogue.bias[m] : 0.0f);
+  const float* sums = call.sums + m * (NV * kLanes);
+  float* y = panel.y + m * panel.y_stride;
+  const float* residual =
+      call.epilogue.residual ? call.epilogue.residual + m * panel.y_stride : nullptr;
+  SPARSELT_UNROLL
+  for (int v = 0; v < NV; ++v) {
+    const Piece& piece = panel.stores[v];
+    __m512 out = _mm512_add_ps(is_first ? bias : _mm512_load_ps(sums + v * kLanes), sum[v]);
+    if (residual) {
+      out = _mm512_add_ps(out, _mm512_maskz_loadu_ps(piece.mask, residual + piece.offset));
+    }
+    _mm512_mask_storeu_ps(y + piece.offset, piece.mask, clamp(out, lower, upper));
+  }
+}
+
+// Rows of a slice are far apart, which no hardware foresees: fetches row m of y and of the residual
+// before the slice is multiplied.
+template <int NV>
+void prefetch_row(const PanelCall& call, int64_t m) {
+  const int64_t at = m * call.panel.y_stride + call.panel.stores[0].offset;
+  SPARSELT_UNROLL
+  for (int v = 0; v < NV; ++v) __builtin_prefetch(call.panel.y + at + v * kLanes, 1);
+  if (!call.epilogue.residual) return;
+  SPARSELT_UNROLL
+  for (int v = 0; v < NV; ++v) __builtin_prefetch(call.epilogue.residual + at + v * kLanes);
+}
+
 using BlockFunction = void (*)(const PanelCall& call, int64_t first_slice, int64_t last_slice,
                                bool is_first, bool is_last);
 

@@ -44,6 +44,13 @@ void multiply_block(const PanelCall& call, int64_t first_slice, int64_t last_sli
         }
       }
     }
+    if (is_last && is_whole<NV>(call.panel)) {
+      SPARSELT_UNROLL
+      for (int r = 0; r < kSliceRows; ++r) {
+        if (rows[r] >= 0) finish_row<NV>(call, rows[r], 0, sum[r], is_first);
+      }
+      continue;
+    }
     SPARSELT_UNROLL
     for (int r = 0; r < kSliceRows; ++r) {
       if (rows[r] >= 0) add_to_row<NV>(call, rows[r], 0, sum[r], is_first);

@@ -33,6 +33,9 @@ void multiply_block(const PanelCall& call, int64_t first_slice, int64_t last_sli
   const SellView& w = call.weight;
   for (int64_t slice = first_slice; slice < last_slice; ++slice) {
     const int32_t* rows = w.slice_rows + slice * kSliceRows;
+    for (int r = 0; is_last && r < kSliceRows; ++r) {
+      if (rows[r] >= 0) prefetch_row<NV>(call, rows[r]);
+    }
     __m512 sum[kSliceRows][NV];
     for (int r = 0; r < kSliceRows; ++r) {
       for (int v = 0; v < NV; ++v) sum[r][v] = _mm512_setzero_ps();
@@ -47,13 +50,16 @@ void multiply_block(const PanelCall& call, int64_t first_slice, int64_t last_sli
           sum[r][v] = _mm512_fmadd_ps(value, _mm512_load_ps(x + v * kLanes), sum[r][v]);
       }
     }
-    SPARSELT_UNROLL
-    for (int r = 0; r < kSliceRows; ++r) {
-      if (rows[r] >= 0) add_to_row<NV>(call, rows[r], sum[r], is_first);
-    }
-    if (!is_last) continue;
-    for (int r = 0; r < kSliceRows; ++r) {
-      if (rows[r] >= 0) store_row<NV>(call, rows[r]);
+    if (is_last) {
+      SPARSELT_UNROLL
+      for (int r = 0; r < kSliceRows; ++r) {
+        if (rows[r] >= 0) finish_row<NV>(call, rows[r], sum[r], is_first);
+      }
+    } else {
+      SPARSELT_UNROLL
+      for (int r = 0; r < kSliceRows; ++r) {
+        if (rows[r] >= 0) add_to_row<NV>(call, rows[r], sum[r], is_first);
+      }
     }
   }
 }
