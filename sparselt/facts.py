@@ -130,8 +130,8 @@ def _format_for(facts: Facts, format: str, named: KernelInfo | None) -> str:
         return "csr"
     if facts.op == "linear":
         return "bsr"
-    # Of block formats only BSELL has kernels for convolutions, and these keep to no groups.
-    return "bsell" if facts.groups == 1 and facts.block[0] % 4 == 0 else "csr"
+    # Of block formats only BSELL has kernels for convolutions.
+    return "bsell" if facts.block_rows % 4 == 0 else "csr"
 
 
 def _sparse_candidates(facts: Facts, kernels: Sequence[KernelInfo]) -> list[Candidate]:

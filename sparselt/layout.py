@@ -42,15 +42,15 @@ def block_for(facts: Facts, kernel: KernelInfo) -> tuple[int, int]:
             slice height of BSELL.
         kernel: its tile sets the slice height of SELL.
     """
-    row, density, block = max(1, math.prod(facts.shape[1:])), facts.density, facts.block
+    row, density = max(1, math.prod(facts.shape[1:])), facts.density
     if kernel.format == "bsell":
-        height = next((h for h in _BLOCK_HEIGHTS if block[0] % h == 0), _BLOCK_HEIGHTS[-1])
+        height = next((h for h in _BLOCK_HEIGHTS if facts.block_rows % h == 0), _BLOCK_HEIGHTS[-1])
         if kernel.op == "spmv":
             return (height, min(row, _SPMV_BLOCK_COLS))
         few = density < _BLOCK_ROW_SPARSE_BELOW
         return (height, _SPARSE_BLOCK_ROW_COLS if few else _BLOCK_ROW_COLS)
     if kernel.format != "sell":
-        return block if kernel.format in BLOCK_FORMATS else (1, 1)
+        return facts.block if kernel.format in BLOCK_FORMATS else (1, 1)
     height, cols = _ANY_HEIGHT, _SPARSE_BLOCK_COLS if density < _SPARSE_BELOW else _BLOCK_COLS
     if kernel.op == "spmv":
         height, cols = _SPMV_HEIGHT, min(row, _SPMV_BLOCK_COLS)

@@ -79,7 +79,9 @@ class SparseLayer(nn.Module):
             setattr(self, name, getattr(module, name))
         weight, bias = module.weight, module.bias
         assert isinstance(weight, Tensor)
-        self.weight = PackedWeight(pack_as(weight.detach(), mask, plan.format, plan.block))
+        groups = int(getattr(module, "groups", 1))
+        packed = pack_as(weight.detach(), mask, plan.format, plan.block, groups)
+        self.weight = PackedWeight(packed, groups)
         copied = nn.Parameter(bias.detach().clone(), False) if isinstance(bias, Tensor) else None
         self.register_parameter("bias", copied)
         self.lower = self.upper = None

@@ -39,6 +39,7 @@ class PackedWeight(nn.Module):
 
     Args:
         packed: the weight; its parts are shared, not copied.
+        groups: of the convolution that it is packed for.
 
     Attributes:
         format: key of `sparselt.formats.FORMATS`.
@@ -60,8 +61,9 @@ class PackedWeight(nn.Module):
     _meta: list[int]
     _nnz: int
 
-    def __init__(self, packed: SparseWeight) -> None:
+    def __init__(self, packed: SparseWeight, groups: int = 1) -> None:
         super().__init__()
+        self.groups = groups
         self._adopt(packed)
 
     def _adopt(self, packed: SparseWeight) -> None:
@@ -102,7 +104,7 @@ class PackedWeight(nn.Module):
         if format == self.format and block in ((1, 1), self.block):
             return
         packed, dtype = self.packed(), self.dtype
-        made = pack_as(packed.to_dense(), packed.mask(), format, block)
+        made = pack_as(packed.to_dense(), packed.mask(), format, block, self.groups)
         self._buffers.clear()
         self._adopt(made)
         self._buffers["values"] = made.parts()[-1].to(dtype)
@@ -211,7 +213,8 @@ class PackedWeight(nn.Module):
         try:
             packed = _from_state(state_dict, prefix, self.shape)
             if (packed.name, packed.block) != (self.format, self.block):
-                packed = pack_as(packed.to_dense(), packed.mask(), self.format, self.block)
+                dense, mask = packed.to_dense(), packed.mask()
+                packed = pack_as(dense, mask, self.format, self.block, self.groups)
         except SparseltError as error:
             error_msgs.append(f"{prefix[:-1]}: {error}")
             return
@@ -242,10 +245,10 @@ def _portable_name(format: str) -> str:
 
 
 def pack_as(
-    dense: Tensor, mask: Tensor | None, format: str, block: tuple[int, int]
+    dense: Tensor, mask: Tensor | None, format: str, block: tuple[int, int], groups: int = 1
 ) -> SparseWeight:
     """`sparselt.formats.pack` for the block of a plan: (1, 1) means the format's own."""
-    return pack(dense, mask, format, None if block == (1, 1) else block)
+    return pack(dense, mask, format, None if block == (1, 1) else block, groups)
 
 
 def _from_state(state_dict: Mapping[str, Any], prefix: str, shape: Sequence[int]) -> SparseWeight:

@@ -48,6 +48,9 @@ _PAYS_BELOW_ONE_COLUMN = 0.15
 # Generated code takes its time to read, so it wants many columns to be run for.
 _CODE_COLUMNS = 512
 
+# Panels copy the x of each group, which few rows use too little.
+_LEAST_GROUP_ROWS = 8
+
 # A dot product shorter than this (a depthwise filter, a 3-channel first convolution) leaves a
 # sparse kernel too little to skip.
 _SHORTEST_ROW = 32
@@ -214,10 +217,10 @@ def _refusal(facts: Facts, kernel: KernelInfo) -> str:
         return f"computes {kernel.dtype}, the weight is {facts.dtype}"
     if kernel.format in (*BLOCK_FORMATS, "bsell") and facts.block == (1, 1):
         return "the zeros do not come in blocks"
-    if kernel.format == "bsell" and facts.block[0] % 4:
+    if kernel.format == "bsell" and facts.block_rows % 4:
         return "the rows of the blocks are no multiple of 4"
-    if kernel.format in ("sell", "bsell") and facts.groups != 1:
-        return "slices of rows do not keep to groups"
+    if kernel.format == "sell" and facts.groups > 1 and facts.group_rows < _LEAST_GROUP_ROWS:
+        return f"is for groups of at least {_LEAST_GROUP_ROWS} rows"
     if kernel.op == "spmv" and (facts.columns is None or facts.columns > kernel.tile_columns):
         return f"is for at most {kernel.tile_columns} columns"
     if kernel.op == "code" and facts.columns is not None and facts.columns < _CODE_COLUMNS:

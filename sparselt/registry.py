@@ -85,3 +85,13 @@ class Facts:
         """Kept weights over all weights; 1.0 for an empty weight."""
         size = math.prod(self.shape)
         return self.nnz / size if size else 1.0
+
+    @property
+    def block_rows(self) -> int:
+        """Rows of blocks that no group of a convolution ends inside of."""
+        return math.gcd(self.block[0], self.group_rows)
+
+    @property
+    def group_rows(self) -> int:
+        """Output channels of a group; all of them where there is one."""
+        return self.shape[0] // self.groups

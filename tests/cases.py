@@ -166,7 +166,7 @@ class ConvCase:
     def weight(self, format: str = "csr", block: tuple[int, int] | None = None) -> SparseWeight:
         """The packed filters."""
         weight, mask = self.dense()
-        return pack(weight, mask, format, None if format == "csr" else block)
+        return pack(weight, mask, format, None if format == "csr" else block, self.groups)
 
     def x(self) -> Tensor:
         """(B, C_in, H, W) float32."""

@@ -118,7 +118,9 @@ def given(
     if operation == "conv2d":
         return (case.x(), weight), {**case.options(), "residual": residual}
     block = None if weight.block == (1, 1) else weight.block
-    flat = pack(weight.to_dense().squeeze(2), weight.mask().squeeze(2), weight.name, block)
+    flat = pack(
+        weight.to_dense().squeeze(2), weight.mask().squeeze(2), weight.name, block, case.groups
+    )
     options = {
         "stride": case.stride[1],
         "padding": case.padding[1],

@@ -31,8 +31,9 @@ def blocks_of(kernel: KernelInfo) -> tuple[tuple[int, int] | None, ...]:
 
 
 def ungrouped(kernel: KernelInfo, case: ConvCase) -> ConvCase:
-    """The case as the kernel can run it: slices of rows do not keep to groups."""
-    return replace(case, groups=1) if kernel.format in ("sell", "bsell") else case
+    """The case as the kernel can run it: no row of blocks lies in two groups."""
+    whole = case.groups == 1 or case.filters // case.groups % 16 == 0
+    return case if kernel.format != "bsell" or whole else replace(case, groups=1)
 
 
 def a_block_of(kernel: KernelInfo, case: object) -> tuple[int, int] | None:

@@ -158,10 +158,20 @@ def test_a_layer_of_rows_of_blocks_leaves_the_cpu_in_a_format_of_other_devices()
         assert (moved.weight.format, moved.weight.block) == want
 
 
-def test_grouped_convolutions_of_blocks_are_packed_in_rows() -> None:
-    dense = nn.Conv2d(24, 32, 3, groups=2).requires_grad_(False)
-    dense.weight.copy_(block_weight(32, 108, (4, 1)).view_as(dense.weight))
-    assert SparseConv2d.from_dense(dense).weight.format == "csr"
+@pytest.mark.parametrize(
+    ("groups", "block"), [(2, ("bsell", 8)), (4, ("bsell", 8)), (16, ("csr", 1))]
+)
+def test_blocks_of_a_grouped_convolution_end_where_its_groups_do(groups, block) -> None:
+    dense = nn.Conv2d(12 * groups, 32, 3, groups=groups).requires_grad_(False)
+    dense.weight.copy_(block_weight(32, 108, (8, 1)).view_as(dense.weight))
+    sparse, x = SparseConv2d.from_dense(dense), torch.randn(2, 12 * groups, 6, 7)
+    assert (sparse.weight.format, sparse.weight.block[0]) == block
+    torch.testing.assert_close(sparse(x), dense(x), atol=1e-5, rtol=1e-5)
+
+
+def test_a_row_of_blocks_in_two_groups_is_refused() -> None:
+    with pytest.raises(FormatError, match="a multiple of 8 rows, got 4"):
+        pack(torch.ones(16, 2, 3, 3), format="bsell", block=(8, 16), groups=4)
 
 
 def test_compiled_networks_of_blocks_are_right_and_can_be_saved(tmp_path, monkeypatch) -> None:

@@ -41,6 +41,27 @@ def test_sell_is_compressed_rows_and_back() -> None:
     assert all(torch.equal(a, b) for a, b in zip(back.parts(), rows.parts(), strict=True))
 
 
+@pytest.mark.parametrize("groups", [1, 2, 7, 28])
+def test_a_section_lies_in_one_group(groups: int) -> None:
+    weight = sparse_weight(560, 20, 0.2)
+    packed = pack(weight, None, "sell", (4, 8), groups)
+    assert torch.equal(packed.to_dense(), weight)
+    sections = (packed.block_slices.numel() - 1) // 3
+    assert sections % groups == 0
+    assert sections == {1: 4, 2: 4}.get(groups, groups)
+    for section in range(sections):
+        first, last = packed.block_slices[[3 * section, 3 * section + 1]].tolist()
+        rows = packed.slice_rows[4 * first : 4 * last]
+        held = rows[rows >= 0] // (560 // groups)
+        assert set(held.tolist()) == {section // (sections // groups)}
+
+
+@pytest.mark.parametrize("groups", [0, -1, 3])
+def test_groups_that_do_not_divide_the_rows_are_refused(groups: int) -> None:
+    with pytest.raises(FormatError, match="groups: expected a divisor of 4 rows"):
+        pack(torch.eye(4), format="sell", groups=groups)
+
+
 def _sell_parts() -> list[Tensor]:
     packed = pack(sparse_weight(9, 20, 0.4), format="sell", block=(2, 8))
     return [part.clone() for part in packed.parts()]

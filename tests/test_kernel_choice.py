@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -126,11 +127,13 @@ def test_an_spmm_kernel_refuses_another_operation_or_format(kernel: KernelInfo) 
 @pytest.mark.parametrize(
     "kernel", [k for k in ops.kernels() if k.op in ("panel", "code") and k.usable]
 )
-def test_slices_of_rows_refuse_groups(kernel: KernelInfo) -> None:
-    case = ConvCase(1, 4, 6, (5, 5), (3, 3), groups=2)
-    weight = case.weight(kernel.format, a_block_of(kernel, case))
-    with pytest.raises(RuntimeError, match="expected groups = 1"):
-        conv2d(kernel, weight, case.x(), case)
+def test_groups_of_a_weight_that_was_packed_for_others_are_refused(kernel: KernelInfo) -> None:
+    case = ConvCase(1, 4, 48, (5, 5), (3, 3), groups=2)
+    for groups in (1, 3):
+        other = replace(case, channels=2 * groups, groups=groups)
+        weight = other.weight(kernel.format, a_block_of(kernel, case))
+        with pytest.raises(RuntimeError, match="pack it for 2 groups"):
+            conv2d(kernel, weight, case.x(), case)
 
 
 @pytest.mark.parametrize("format", ["csr", "bsr"])

@@ -70,6 +70,14 @@ def test_a_spmv_kernel_is_offered_for_few_columns(columns, applies):
     )
 
 
+@pytest.mark.parametrize(("groups", "applies"), [(1, True), (32, True), (64, False)])
+def test_panels_are_offered_for_groups_of_enough_rows(groups, applies):
+    facts = Facts("conv2d", (256, 8, 3, 3), nnz=900, groups=groups)
+    (found, _) = candidates(facts, [kernel("sell_conv2d_fast")])
+    assert found.applies == applies
+    assert applies or found.verdict == "is for groups of at least 8 rows"
+
+
 def test_a_spmv_kernel_wants_its_own_slices_and_one_block_of_columns():
     fast, portable = kernel("sell_spmv_fast", tile_rows=16), kernel("sell_spmv_scalar")
     assert [block_for(THIN, k) for k in (fast, portable)] == [(16, 256), (8, 256)]
@@ -124,8 +132,8 @@ def test_an_unknown_operation_is_refused():
         ({"format": "bsell"}, {"block": (6, 1)}, "the rows of the blocks are no multiple of 4"),
         (
             {"format": "bsell"},
-            {"block": (4, 1), "groups": 2},
-            "slices of rows do not keep to groups",
+            {"block": (4, 1), "groups": 128},
+            "the rows of the blocks are no multiple of 4",
         ),
         ({"format": "nm"}, {}, "no layer is packed as nm yet"),
         ({}, {"obstacle": "it is odd"}, "it is odd"),

@@ -99,7 +99,8 @@ class ChannelCut {
 };
 
 // For x of (batch, channels, H, W); with a stride along the width, of channels that ChannelCut cut.
-inline PanelSource conv_panel_source(const Geometry& g, int64_t batch, int64_t channels) {
+inline PanelSource conv_panel_source(const Geometry& g, int64_t batch, int64_t channels,
+                                     int64_t groups = 1) {
   const PhasedAxis h(g.h, g.w.stride > 1);
   const PhasedAxis w(g.w, g.w.stride > 1);
   const int64_t phase_floats = h.length * w.length;
@@ -107,6 +108,8 @@ inline PanelSource conv_panel_source(const Geometry& g, int64_t batch, int64_t c
   PanelSource source{batch,     channels * plane, plane,    h.step * w.length, g.h.out(),
                      g.w.out(), h.step,           h.length, w.length,          false,
                      {}};
+  source.groups = groups;
+  source.group_stride = channels / groups * plane;
   for (int64_t r = 0; r < g.h.kernel; ++r) {
     for (int64_t s = 0; s < g.w.kernel; ++s) {
       const int64_t phase = h.phase(r) * w.phases + w.phase(s);

@@ -13,6 +13,23 @@
 namespace sparselt {
 namespace {
 
+// Whether each of `groups` ranges of rows is as many sections as the others are.
+bool keeps_groups_apart(const SellView& w, int64_t groups) {
+  if (groups == 1 || w.rows == 0) return true;
+  if (w.num_sections % groups != 0) return false;
+  const int64_t group_rows = w.rows / groups;
+  const int64_t group_sections = w.num_sections / groups;
+  for (int64_t section = 0; section < w.num_sections; ++section) {
+    const int64_t group = section / group_sections;
+    // The first block has all rows.
+    const int32_t* slices = w.block_slices + section * w.num_blocks;
+    for (int64_t i = slices[0] * w.slice_height; i < slices[1] * w.slice_height; ++i) {
+      if (w.slice_rows[i] >= 0 && w.slice_rows[i] / group_rows != group) return false;
+    }
+  }
+  return true;
+}
+
 // A first stage cuts the channels of x into phases.
 class CutPanelTask final : public PanelTask {
  public:
@@ -53,9 +70,11 @@ class CutPanelTask final : public PanelTask {
 
 TaskPointer make_conv_panels(const Team& team, const ConvProblem& problem, const Weight& weight,
                              const Epilogue& epilogue) {
-  STD_TORCH_CHECK(problem.groups == 1, weight.kernel->name, ": expected groups = 1, got ",
-                  problem.groups);
-  PanelSource source = conv_panel_source(problem.geometry, problem.batch, problem.channels_in);
+  STD_TORCH_CHECK(keeps_groups_apart(weight.sell, problem.groups), weight.kernel->name,
+                  ": expected a weight whose sections of rows lie in one group each; pack it for ",
+                  problem.groups, " groups");
+  PanelSource source =
+      conv_panel_source(problem.geometry, problem.batch, problem.channels_in, problem.groups);
   if (problem.geometry.w.stride == 1) {
     return std::make_unique<PanelTask>(team, weight, epilogue, std::move(source));
   }

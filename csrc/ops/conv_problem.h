@@ -30,7 +30,7 @@ TaskPointer make_conv_task(const Team& team, const ConvProblem& problem, const W
 TaskPointer make_conv_planes(const Team& team, const ConvProblem& problem, const Weight& weight,
                              const Epilogue& epilogue);
 
-// By a panel kernel, which masks borders itself; one group only.
+// By a panel kernel, which masks borders itself; the weight keeps groups in sections of their own.
 TaskPointer make_conv_panels(const Team& team, const ConvProblem& problem, const Weight& weight,
                              const Epilogue& epilogue);
 

@@ -37,6 +37,10 @@ struct PanelSource {
   int64_t width;
   bool bordered;
   std::vector<Tap> taps;
+  // Sections of the weight come in as many groups of equal number, each of which has channels of
+  // its own, `group_stride` floats after those of the one before.
+  int64_t groups = 1;
+  int64_t group_stride = 0;
 };
 
 // Lanes [begin, end) of a panel that lie one after the other in memory, from lane 0's place on.

@@ -71,13 +71,21 @@ Range PanelTask::panel_pixels(Range pixels, int64_t index) const {
 void PanelTask::run_panel(Panel panel, int64_t begin, Range sections,
                           const Operands& operands) const {
   const int64_t image = point(source_, weight_.rows, begin, operands.x, operands.y, &panel);
+  const float* const x = panel.x;
   PanelCall call{weight_.sell, panel, epilogue_, operands.own,
                  operands.own + (weight_.sell.block_cols + 1) * lanes_};
   if (operands.residual) {
     call.epilogue.residual =
         operands.residual + image * weight_.rows * source_.out_height * source_.out_width;
   }
-  weight_.kernel->panel(call, sections);
+  const int64_t group_sections = weight_.sell.num_sections / source_.groups;
+  for (int64_t first = sections.begin; first < sections.end;) {
+    const int64_t group = first / group_sections;
+    const int64_t last = std::min(sections.end, (group + 1) * group_sections);
+    call.panel.x = x + group * source_.group_stride;
+    weight_.kernel->panel(call, {first, last});
+    first = last;
+  }
 }
 
 void PanelTask::run(int64_t, int64_t part, const Operands& operands) const {

@@ -47,6 +47,7 @@ def pack(
     mask: Tensor | None = None,
     format: str = "csr",
     block: tuple[int, int] | None = None,
+    groups: int = 1,
 ) -> SparseWeight:
     """Pack a pruned dense weight into a sparse format.
 
@@ -63,13 +64,15 @@ def pack(
             maps there.
         block: (rows, cols) of a block, for "sell" and "bsell" of a slice and a block of columns;
             None means the format's own, which is (4, 1) for "bsr".
+        groups: of the convolution that the weight is for. "sell" and "bsell" keep the rows of each
+            group apart; other formats do not care.
 
     Returns:
         The packed weight on the weight's device; nothing of `weight` is shared or changed.
 
     Raises:
-        FormatError: unknown format, a bad block or one for a format without, a mask that is not
-            0/1, too many stored values for int32.
+        FormatError: unknown format, a bad block or one for a format without, groups that do not
+            divide the rows, a mask that is not 0/1, too many stored values for int32.
         ShapeError: another rank, or a mask of another shape.
         DtypeError: weight or mask is not a tensor, or the weight's type is another.
         DeviceError: weight and mask are on different devices, or "sell" is asked for on CUDA.
@@ -83,5 +86,5 @@ def pack(
     if not isinstance(format, str) or format not in FORMATS:
         known = ", ".join(repr(name) for name in FORMATS)
         raise FormatError(explain_mismatch("format", f"one of {known}", repr(format)))
-    packed = FORMATS[format].from_dense(weight, mask, block)
+    packed = FORMATS[format].from_dense(weight, mask, block, groups)
     return packed.to(dtype=weight.dtype) if packed.device.type == "cuda" else packed

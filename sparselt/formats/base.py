@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
+from sparselt.errors import FormatError, explain_mismatch
 from sparselt.formats.checks import (
     check_fits_int32,
     check_on_cpu,
@@ -218,7 +219,11 @@ class SparseWeight(ABC):
 
     @classmethod
     def from_dense(
-        cls, weight: Tensor, mask: Tensor | None = None, block: tuple[int, int] | None = None
+        cls,
+        weight: Tensor,
+        mask: Tensor | None = None,
+        block: tuple[int, int] | None = None,
+        groups: int = 1,
     ) -> Self:
         """Pack the kept weights; a block format packs every block that holds one.
 
@@ -227,6 +232,7 @@ class SparseWeight(ABC):
                 or bfloat16 (both exact in float32), any strides.
             mask: the same shape, bool or 0/1; a kept 0.0 stays stored. None means `weight != 0`.
             block: as `check_block` takes it; None means the format's own.
+            groups: of the convolution; formats of slices keep the rows of each apart.
 
         Returns:
             The packed weight, on the weight's device.
@@ -245,12 +251,19 @@ class SparseWeight(ABC):
         if cls.cpu_only:
             check_on_cpu(dense, cls.name)
         shape = tuple(weight.shape)
-        return cls._trusted(cls._pack(dense, kept, shape, block), shape, block)
+        if groups < 1 or shape[0] % groups:
+            raise FormatError(explain_mismatch("groups", f"a divisor of {shape[0]} rows", groups))
+        return cls._trusted(cls._pack(dense, kept, shape, block, groups), shape, block)
 
     @classmethod
     @abstractmethod
     def _pack(
-        cls, dense: Tensor, kept: Tensor, shape: tuple[int, ...], block: tuple[int, int]
+        cls,
+        dense: Tensor,
+        kept: Tensor,
+        shape: tuple[int, ...],
+        block: tuple[int, int],
+        groups: int,
     ) -> tuple[Tensor, ...]:
         """The parts for a matrix (M, K) float32 and what is kept of it, both contiguous."""
 

@@ -52,7 +52,12 @@ class Bitmask(Patches):
 
     @classmethod
     def _pack(
-        cls, dense: Tensor, kept: Tensor, shape: tuple[int, ...], block: tuple[int, int]
+        cls,
+        dense: Tensor,
+        kept: Tensor,
+        shape: tuple[int, ...],
+        block: tuple[int, int],
+        groups: int,
     ) -> tuple[Tensor, ...]:
         rows, cols = kept.nonzero().unbind(1)
         check_fits_int32(2 * CHUNK * rows.numel())

@@ -53,12 +53,20 @@ class BSELL(Sliced):
 
     @classmethod
     def _pack(
-        cls, dense: Tensor, kept: Tensor, shape: tuple[int, ...], block: tuple[int, int]
+        cls,
+        dense: Tensor,
+        kept: Tensor,
+        shape: tuple[int, ...],
+        block: tuple[int, int],
+        groups: int,
     ) -> tuple[Tensor, ...]:
         height = block[0]
-        crow, col, blocks = BSR._pack(dense, kept, shape, (height, 1))
+        if groups > 1 and shape[0] // groups % height:
+            expected = f"groups of a multiple of {height} rows"
+            raise FormatError(explain_mismatch("groups", expected, shape[0] // groups))
+        crow, col, blocks = BSR._pack(dense, kept, shape, (height, 1), groups)
         grid = (crow.numel() - 1, dense.shape[1])
-        slices, places = arrange(crow, col, grid, (1, block[1]), _SECTION_ROWS // height)
+        slices, places = arrange(crow, col, grid, (1, block[1]), _SECTION_ROWS // height, groups)
         values = torch.empty(slices.columns.numel(), height)
         values[places] = blocks.view(-1, height)
         rows = slices.slice_rows[:, None] * height + torch.arange(height, dtype=torch.int32)

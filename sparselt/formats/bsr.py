@@ -86,7 +86,12 @@ class BSR(Compressed):
 
     @classmethod
     def _pack(
-        cls, dense: Tensor, kept: Tensor, shape: tuple[int, ...], block: tuple[int, int]
+        cls,
+        dense: Tensor,
+        kept: Tensor,
+        shape: tuple[int, ...],
+        block: tuple[int, int],
+        groups: int,
     ) -> tuple[Tensor, ...]:
         (rows, cols), (block_rows, block_cols) = dense.shape, block
         grid_rows, grid_cols = -(-rows // block_rows), -(-cols // block_cols)

@@ -60,10 +60,15 @@ class ChannelsLastBSR(BSR):
 
     @classmethod
     def _pack(
-        cls, dense: Tensor, kept: Tensor, shape: tuple[int, ...], block: tuple[int, int]
+        cls,
+        dense: Tensor,
+        kept: Tensor,
+        shape: tuple[int, ...],
+        block: tuple[int, int],
+        groups: int,
     ) -> tuple[Tensor, ...]:
         by_taps = [_by_taps(matrix, shape, block[1]) for matrix in (dense, kept)]
-        crow, col, values = BSR._pack(by_taps[0], by_taps[1], shape, block)
+        crow, col, values = BSR._pack(by_taps[0], by_taps[1], shape, block, groups)
         per_tap = max(-(-shape[1] // block[1]), 1)
         return crow, torch.stack((col // per_tap, col % per_tap), 1), values
 

@@ -45,7 +45,12 @@ class CSR(Compressed):
 
     @classmethod
     def _pack(
-        cls, dense: Tensor, kept: Tensor, shape: tuple[int, ...], block: tuple[int, int]
+        cls,
+        dense: Tensor,
+        kept: Tensor,
+        shape: tuple[int, ...],
+        block: tuple[int, int],
+        groups: int,
     ) -> tuple[Tensor, ...]:
         crow, col, positions = compress(kept)
         return crow, col, dense.view(-1)[positions]

@@ -61,15 +61,20 @@ class SELL(Sliced):
         block = cls.check_block(block)
         check_on_cpu(weight.crow_indices, cls.name)
         rows = (weight.crow_indices, weight.col_indices, weight.values)
-        parts = _arranged(*rows, weight.cols, block)
+        parts = _arranged(*rows, weight.cols, block, 1)
         return cls._trusted(parts, weight.shape, block)
 
     @classmethod
     def _pack(
-        cls, dense: Tensor, kept: Tensor, shape: tuple[int, ...], block: tuple[int, int]
+        cls,
+        dense: Tensor,
+        kept: Tensor,
+        shape: tuple[int, ...],
+        block: tuple[int, int],
+        groups: int,
     ) -> tuple[Tensor, ...]:
         crow, col, positions = compress(kept)
-        return _arranged(crow, col, dense.view(-1)[positions], kept.shape[1], block)
+        return _arranged(crow, col, dense.view(-1)[positions], kept.shape[1], block, groups)
 
     def to_csr(self) -> CSR:
         """The same weight as compressed rows, fillers dropped."""
@@ -90,13 +95,13 @@ class SELL(Sliced):
 
 
 def _arranged(
-    crow: Tensor, col: Tensor, values: Tensor, cols: int, block: tuple[int, int]
+    crow: Tensor, col: Tensor, values: Tensor, cols: int, block: tuple[int, int], groups: int
 ) -> tuple[Tensor, ...]:
     """The parts for compressed rows."""
     # Rows that are no multiple of the height leave the last slice of a section part empty.
     height = block[0]
     least = max(_SECTION_ROWS, _SECTION_SLICES * height if height > _LOW_SLICE else 0)
-    slices, places = arrange(crow, col, (crow.numel() - 1, cols), block, least)
+    slices, places = arrange(crow, col, (crow.numel() - 1, cols), block, least, groups)
     packed = torch.zeros(slices.columns.numel())
     packed[places] = values
     return slices.block_slices, slices.slice_steps, slices.slice_rows, slices.columns, packed

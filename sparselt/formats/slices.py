@@ -141,6 +141,7 @@ def arrange(
     shape: tuple[int, int],
     block: tuple[int, int],
     section_rows: int,
+    groups: int = 1,
 ) -> tuple[Slices, Tensor]:
     """Slices the rows of a compressed matrix.
 
@@ -150,6 +151,7 @@ def arrange(
         shape: (rows, cols).
         block: (rows of a slice, columns of a block).
         section_rows: the least rows of a section.
+        groups: ranges of as many rows each, which get sections of their own.
 
     Returns:
         The slices, columns int16, and the place of each entry among their steps * height.
@@ -165,7 +167,7 @@ def arrange(
     # Entries lie by row and, within a row, by block: a "run" is a row's part of a block.
     entry_runs = entry_rows * num_blocks + columns // block_cols
     run_lengths = torch.bincount(entry_runs, minlength=rows * num_blocks)
-    sections = _section_of_rows(crow, rows, count, section_rows)
+    sections = _section_of_rows(crow, section_rows, groups)
     runs = _group_runs(run_lengths, sections, num_blocks, height)
     steps = torch.zeros(runs.lengths.numel() + 1, dtype=torch.int64)
     torch.cumsum(runs.lengths, 0, out=steps[1:])
@@ -193,12 +195,15 @@ class _Runs:
     lane_of: Tensor
 
 
-def _section_of_rows(crow: Tensor, rows: int, entries: int, section_rows: int) -> Tensor:
+def _section_of_rows(crow: Tensor, section_rows: int, groups: int) -> Tensor:
     """The section of each row: contiguous ranges of about the same number of values."""
-    count = max(1, min(_MAX_SECTIONS, rows // section_rows))
+    rows = crow.numel() - 1
+    count = max(1, min(_MAX_SECTIONS, rows // section_rows) // groups)  # of a group
     # Rows are counted too, so that an empty weight is shared out as well.
-    load = crow[:-1].long() + torch.arange(rows)
-    return load * count // max(1, entries + rows)
+    load = crow.long() + torch.arange(rows + 1)
+    first = torch.arange(rows) // max(1, rows // groups) * (rows // groups)
+    own, whole = load[:-1] - load[first], load[first + rows // groups] - load[first]
+    return first // max(1, rows // groups) * count + own * count // whole
 
 
 def _group_runs(run_lengths: Tensor, sections: Tensor, num_blocks: int, height: int) -> _Runs:

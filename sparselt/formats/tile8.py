@@ -73,7 +73,11 @@ class Tile8(SparseWeight):
 
     @classmethod
     def from_dense(
-        cls, weight: Tensor, mask: Tensor | None = None, block: tuple[int, int] | None = None
+        cls,
+        weight: Tensor,
+        mask: Tensor | None = None,
+        block: tuple[int, int] | None = None,
+        groups: int = 1,
     ) -> Self:
         """As `SparseWeight.from_dense`; with no block in panels as wide as a byte can count.
 
@@ -83,13 +87,18 @@ class Tile8(SparseWeight):
             (32, 128)
         """
         try:
-            return super().from_dense(weight, mask, block)
+            return super().from_dense(weight, mask, block, groups)
         except _FullPanelError:
-            return super().from_dense(weight, mask, (SLICE_ROWS, PANEL_COLS // 2))
+            return super().from_dense(weight, mask, (SLICE_ROWS, PANEL_COLS // 2), groups)
 
     @classmethod
     def _pack(
-        cls, dense: Tensor, kept: Tensor, shape: tuple[int, ...], block: tuple[int, int]
+        cls,
+        dense: Tensor,
+        kept: Tensor,
+        shape: tuple[int, ...],
+        block: tuple[int, int],
+        groups: int,
     ) -> tuple[Tensor, ...]:
         rows, cols = kept.nonzero().unbind(1)
         check_fits_int32(CHUNK * rows.numel())
