@@ -112,6 +112,8 @@ class Builder:
         """The value of a node."""
         if not isinstance(node, fx.Node) or node not in self.values:
             raise NotNativeError("an operand is no tensor of the program")
+        if not self.values[node].shape:
+            raise NotNativeError("an operand without dimensions")
         return self.values[node]
 
     def whole(self, value: Any) -> int:

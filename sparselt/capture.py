@@ -21,7 +21,11 @@ from sparselt.errors import SparseltError
 __all__ = ["CaptureError", "Captured", "capture"]
 
 # Torch's modules that log a failed trace.
-_TALKATIVE = ("torch.fx.experimental.symbolic_shapes", "torch._subclasses.fake_tensor")
+_TALKATIVE = (
+    "torch._export.non_strict_utils",
+    "torch._subclasses.fake_tensor",
+    "torch.fx.experimental.symbolic_shapes",
+)
 _CONSTANTS = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
 
 
@@ -147,6 +151,8 @@ def _read(
             known = exported.state_dict.get(name, exported.constants.get(name))
             if not isinstance(known, Tensor):
                 raise CaptureError(f"{name} is no tensor")
+            if any(_changes(user, node) for user in node.users):
+                raise CaptureError(f"the model changes {name} when it runs")
             constants.append(known)
             names.append(name)
         elif spec.kind is InputKind.USER_INPUT:
@@ -178,6 +184,11 @@ def _read(
         others,
         bound,
     )
+
+
+def _changes(user: fx.Node, value: fx.Node) -> bool:
+    schema = getattr(user.target, "_schema", None)
+    return schema is not None and bool(schema.is_mutable) and value in user.args[:1]
 
 
 def _fits(leaf: Any, shape: Sequence[int | None], dtype: torch.dtype | None) -> bool:

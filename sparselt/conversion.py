@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
+from torch.utils import _pytree as pytree
 
 from sparselt.errors import OptionError, explain_mismatch
 from sparselt.facts import LAYER_OPS
@@ -150,6 +151,36 @@ def as_call(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (example_inputs,), {}
 
 
+def run_once(model: nn.Module, example_inputs: Any) -> Any:
+    """The result of a model on its examples; both are left as they were.
+
+    Args:
+        model: may change its inputs and its buffers when it runs.
+        example_inputs: as `as_call` takes them.
+
+    Raises:
+        OptionError: the model fails on them.
+    """
+    args, kwargs = pytree.tree_map_only(Tensor, torch.clone, as_call(example_inputs))
+    state = [
+        (module, name, buffer, buffer._version, buffer.clone())
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None and not buffer.is_inference()
+    ]
+    try:
+        with torch.no_grad():
+            return model(*args, **kwargs)
+    except Exception as error:
+        kind = type(error).__name__
+        raise OptionError(f"example_inputs: the model fails on them: {kind}: {error}") from error
+    finally:
+        for module, name, buffer, version, value in state:
+            module._buffers[name] = buffer
+            if buffer._version != version:
+                buffer.copy_(value)
+
+
 def _copy(model: nn.Module) -> nn.Module:
     """A deep copy, also where torch refuses one: pruning keeps weights that are no leaves."""
     memo: dict[int, Any] = {}
@@ -200,13 +231,8 @@ def _record(
             seen[layer][tuple(x.shape), x.stride(), x.dtype, x.device] += 1
 
     handles = [layer.register_forward_pre_hook(note, with_kwargs=True) for layer in seen]
-    args, kwargs = as_call(example_inputs)
     try:
-        with torch.no_grad():
-            model(*args, **kwargs)
-    except Exception as error:
-        kind = type(error).__name__
-        raise OptionError(f"example_inputs: the model fails on them: {kind}: {error}") from error
+        run_once(model, example_inputs)
     finally:
         for handle in handles:
             handle.remove()

@@ -19,10 +19,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+)
 from torch.utils import _pytree as pytree
 
 from sparselt.builder import operation
-from sparselt.capture import Captured
+from sparselt.capture import Captured, CaptureError
 from sparselt.cuda_graph import GraphedRun, graphed
 from sparselt.explanation import Row
 from sparselt.lowering import Lowered, lower
@@ -122,7 +126,11 @@ class Family:
         key = self.bucket(leaves)
         self.seen.add(tuple(tuple(x.shape) if isinstance(x, Tensor) else None for x in leaves))
         if key not in self.planned:
-            self.planned[key] = self._plan(key, leaves)
+            try:
+                self.planned[key] = self._plan(key, leaves)
+            except (DataDependentOutputException, DynamicOutputShapeException) as error:
+                reason = f"a number or a size depends on values ({error.func})"
+                raise CaptureError(reason) from error
         return self.planned[key].run
 
     def bucket(self, leaves: Sequence[Any]) -> Bucket:

@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 
 from sparselt import dynamo as _dynamo  # noqa: F401  registers the backend
 from sparselt.capture import Captured, CaptureError, capture
-from sparselt.conversion import as_call, convert, densify, prepare
+from sparselt.conversion import as_call, convert, densify, prepare, run_once
 from sparselt.errors import OptionError, ProgramFileError, ShapeError, explain_mismatch
 from sparselt.explanation import Explanation, explain
 from sparselt.family import Family, Planned, Run
@@ -53,15 +53,7 @@ class Program:
         prepared = densify(prepare(model).model)
         self._begin(prepared, type(prepared).__name__, prepared.parameters())
         self._args, self._kwargs = as_call(example_inputs)
-        assert self._prepared is not None
-        try:
-            with torch.no_grad():
-                self._expected = self._prepared(*self._args, **self._kwargs)
-        except Exception as error:
-            kind = type(error).__name__
-            raise OptionError(
-                f"example_inputs: the model fails on them: {kind}: {error}"
-            ) from error
+        self._expected = run_once(prepared, example_inputs)
         leaves, spec = pytree.tree_flatten((self._args, self._kwargs))
         self._add_route(_signature(leaves, spec), leaves, spec)
         del self._expected
@@ -199,7 +191,7 @@ class Program:
                 return known
             # Tensors made under inference mode cannot be traced; copies made outside of it can.
             with torch.inference_mode(False), torch.no_grad():
-                own = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+                own = [_plain_copy(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
                 with self._shelf.out():
                     run = self._run_for(own, spec)
                     self._shelf.keep(tensor for f in self._families for tensor in f.read())
@@ -349,6 +341,12 @@ def load_program(path: str | Path) -> Program:
         torch.Size([5, 4])
     """
     return Program._load(Path(path))
+
+
+def _plain_copy(leaf: Tensor) -> Tensor:
+    """A copy to plan with; of a subclass without behaviour below torch's functions, a plain one."""
+    own = type(leaf).__torch_dispatch__ is not Tensor.__torch_dispatch__
+    return leaf.clone() if own else leaf.detach().as_subclass(Tensor).clone()
 
 
 def _example(loaded: Loaded) -> list[Any]:
