@@ -2,8 +2,8 @@
 """The backend "sparselt" of torch.compile.
 
 Dynamo hands over each graph that it finds between graph breaks, with weights as inputs. Their
-values at that moment are packed; if a weight has changed by a later call (another tensor, or
-changed in place), the graph is lowered again.
+values at that moment are packed, and stretches of the graph become native programs; if a weight has
+changed by a later call (another tensor, or changed in place), the graph is lowered again.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from sparselt.errors import KernelError
 from sparselt.explanation import remember
 from sparselt.lowering import lower
+from sparselt.native import nativize
 from sparselt.tune import Tuner
 
 __all__ = ["backend"]
@@ -89,6 +90,7 @@ class _Compiled:
         try:
             with torch.no_grad():
                 lowered = lower(self.module, values, hints, tuner)
+                self.run = nativize(lowered.module).forward
         except KernelError:
             raise
         except Exception as error:
@@ -96,7 +98,6 @@ class _Compiled:
             kind = type(error).__name__
             warnings.warn(f"a graph runs in torch as it is: {kind}: {error}", stacklevel=2)
             return False
-        self.run = lowered.module.forward
         for row, index in zip(lowered.rows, lowered.weights, strict=True):
             if index is not None:
                 remember(values[index], row)

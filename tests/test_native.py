@@ -15,8 +15,9 @@ from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 import sparselt
+from sparselt import dynamo
 from sparselt.extension import plan_memory
-from sparselt.native import SEGMENT, Segment
+from sparselt.native import SEGMENT, Segment, SegmentProgram
 from sparselt.plan import DENSE
 
 LINE = 16  # floats
@@ -312,6 +313,21 @@ def test_the_choice_between_samples_and_batch_is_saved(tmp_path, monkeypatch):
     loaded = sparselt.load_program(tmp_path / "p.safetensors")
     assert [planned.each for planned in loaded._families[0].planned.values()] == [True]
     assert torch.equal(loaded(x), program(x))
+
+
+def test_the_backend_of_torch_compile_runs_native_programs(monkeypatch):
+    ran: list[int] = []
+    run = SegmentProgram.__call__
+    monkeypatch.setattr(SegmentProgram, "__call__", lambda *v: (ran.append(1), run(*v))[1])
+    model = make("residual")
+    fast = torch.compile(model, backend=dynamo.backend)
+    with torch.inference_mode():
+        for batch in (2, 5):
+            x = input_for("residual", batch)
+            fast(x)
+            ran.clear()
+            assert_as_exact_as_torch(fast(x), model, x)
+            assert len(ran) == 1
 
 
 def test_calls_share_one_arena_and_calls_at_once_have_one_each():
