@@ -54,6 +54,7 @@ def facts_of(module: nn.Module, kept: Tensor, columns: int | None = None) -> Fac
                 block=zero_block(kept),
                 groups=int(getattr(module, "groups", 1)),
                 device=weight.device.type,
+                device_index=max(weight.get_device(), 0),
                 dtype=str(weight.dtype).removeprefix("torch."),
                 two_of_four=weight.is_cuda and is_two_of_four(kept),
             )
@@ -92,7 +93,7 @@ def sparse_plan(facts: Facts, format: str, kernel: str = "") -> Plan:
     # On the CPU values are widened when packed and the result narrowed after.
     if facts.device == "cpu" and facts.dtype in ("float16", "bfloat16"):
         facts = replace(facts, dtype="float32")
-    kernels = ops.kernels()
+    kernels = ops.kernels(facts.device_index)
     wanted = kernel or forced_kernel()
     named = next((known for known in kernels if known.name == wanted), None)
     if wanted and named is None:
@@ -100,7 +101,7 @@ def sparse_plan(facts: Facts, format: str, kernel: str = "") -> Plan:
         raise KernelError(explain_mismatch("kernel", f"one of {names}", repr(wanted)))
     if named is not None and named.op == "spmv":
         facts = replace(facts, columns=1)  # who names it has few
-    format = _format_for(facts, format, named)
+    format = _format_for(facts, format, named, kernels)
     if format in FEW_COLUMNS_FORMATS:
         facts = replace(facts, columns=1)
     if format == "bsr" and facts.block == (1, 1):
@@ -118,13 +119,15 @@ def sparse_plan(facts: Facts, format: str, kernel: str = "") -> Plan:
     raise KernelError(f"no {format} kernel fits a {facts.op} layer here ({refusals})")
 
 
-def _format_for(facts: Facts, format: str, named: KernelInfo | None) -> str:
+def _format_for(
+    facts: Facts, format: str, named: KernelInfo | None, kernels: Sequence[KernelInfo]
+) -> str:
     if format != "auto":
         return format
     if named is not None:
         return named.format
     if facts.device == "cuda":
-        applies = [c.format for c in _sparse_candidates(facts, ops.kernels()) if c.applies]
+        applies = [c.format for c in _sparse_candidates(facts, kernels) if c.applies]
         return min(applies, key=partial(preference, facts), default="csr")
     if facts.block == (1, 1):
         return "csr"

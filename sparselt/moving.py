@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import MutableMapping
 from dataclasses import replace
-from typing import ClassVar, Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -22,19 +22,27 @@ from sparselt.plan import Facts, Plan, candidates
 
 __all__ = ["Movable", "Place", "place_of", "plan_at"]
 
-Place = tuple[str, str]
+
+class Place(NamedTuple):
+    """Where one plan is right: a device and, on CUDA, a type of values.
+
+    On the CPU one kernel serves all types: others are converted on the way.
+    """
+
+    device: str
+    dtype: str
+    device_index: int
+
 
 _PLANNED = ("cpu", "cuda")
 _COMPUTED = ("float32", "float16", "bfloat16")
 
 
 def place_of(values: Tensor) -> Place:
-    """Where one plan is right: a device type and, on CUDA, a type of values.
-
-    On the CPU one kernel serves all types: others are converted on the way.
-    """
+    """The place of a weight's values."""
     device = values.device.type
-    return device, "" if device == "cpu" else str(values.dtype).removeprefix("torch.")
+    dtype = "" if device == "cpu" else str(values.dtype).removeprefix("torch.")
+    return Place(device, dtype, max(values.get_device(), 0))
 
 
 class Movable(Protocol):
@@ -61,13 +69,19 @@ def plan_at(
     if weight.device.type not in _PLANNED:
         return Plan("", weight.format, "its values were on no device", block=weight.block)
     if place not in known:
-        known[place] = _by_rule(place, layer, weight)
+        usable = {kernel.name for kernel in ops.kernels(place.device_index) if kernel.usable}
+        twins = (
+            plan
+            for other, plan in known.items()
+            if (other.device, other.dtype) == (place.device, place.dtype) and plan.kernel in usable
+        )
+        known[place] = next(twins, None) or _by_rule(place, layer, weight)
     return known[place]
 
 
 def _by_rule(place: Place, layer: Movable, weight: PackedWeight) -> Plan:
-    device, dtype = place
-    reason = f"moved to {' in '.join(filter(None, place))} after planning"
+    device, dtype, index = place
+    reason = f"moved to {' in '.join(filter(None, place[:2]))} after planning"
     if device not in _PLANNED or (device == "cuda" and dtype not in _COMPUTED):
         # Torch computes float64 on the dense weight, and a meta tensor not at all.
         portable = weight.format if weight.format in ("csr", "bsr") else "csr"
@@ -85,9 +99,10 @@ def _by_rule(place: Place, layer: Movable, weight: PackedWeight) -> Plan:
         block=weight.block if weight.format in BLOCK_FORMATS else zero_block(mask, device),
         groups=int(getattr(layer, "groups", 1)),
         device=device,
+        device_index=index,
         dtype=dtype or "float32",
     )
-    found = [(c.format, c.block) for c in candidates(facts, ops.kernels()) if c.applies]
+    found = [(c.format, c.block) for c in candidates(facts, ops.kernels(index)) if c.applies]
     # Any pattern is right for compressed rows; another format was chosen for the pattern.
     kept = weight.format != "csr" and (weight.format, weight.block) in found
     try:

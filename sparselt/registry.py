@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 __all__ = ["Facts", "KernelInfo"]
 
@@ -64,6 +64,8 @@ class Facts:
         block: (rows, cols) of the blocks that the zeros come in; (1, 1) when they do not.
         groups: of a convolution.
         device: "cpu" or "cuda".
+        device_index: which CUDA device; GPUs of several generations may be in one machine. What is
+            measured on one of a kind holds for all, so it tells no layers apart.
         dtype: of the weight, without the "torch." prefix.
         two_of_four: whether at most two of each four weights of a row, in order, are kept.
         obstacle: why no sparse kernel may serve this layer at all; empty when one may.
@@ -79,6 +81,7 @@ class Facts:
     dtype: str = "float32"
     two_of_four: bool = False
     obstacle: str = ""
+    device_index: int = field(default=0, compare=False, repr=False)
 
     @property
     def density(self) -> float:

@@ -155,6 +155,32 @@ def test_move_that_no_kernel_serves_is_refused_before_anything_moves(
     assert (layer.kernel, layer.weight.device.type) == (kernel, "cpu")
 
 
+def test_layer_moves_to_the_device_that_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, x = SparseLinear.from_dense(pruned(nn.Linear(48, 40))), torch.randn(5, 48)
+    want = layer(x)
+    with simulated_cuda(monkeypatch, capabilities=(75, 90, 86)) as gpu:
+        layer.to("cuda:1")
+        planned = layer.plan
+        assert_close(layer(x.to("cuda:1")), want)
+        assert layer(x.to("cuda:1")).device.index == 1
+        with pytest.raises(DeviceError, match=r"on cuda:2, .* got cuda:1"):
+            ops.linear(x.to("cuda:2"), layer.weight)
+        layer.to("cuda:2")
+        assert_close(layer(x.to("cuda:2")), want)
+        assert layer.plan is planned, "what was planned on one device holds on another like it"
+        with pytest.raises(KernelError, match=r"device 0 has 7\.5"):
+            layer.to("cuda:0")
+        assert layer.weight.device.index == 2
+        dense = pruned(nn.Linear(48, 40)).to("cuda:1")
+        assert SparseLinear.from_dense(dense)(x.to("cuda:1")).device.index == 1
+        program = sparselt.compile(nn.Sequential(dense, nn.ReLU()), x.to("cuda:1"))
+        for _ in range(3):
+            assert program(x.to("cuda:1")).device.index == 1
+        with pytest.raises(DeviceError, match="input: expected a tensor on cuda:1, got cuda:2"):
+            program(x.to("cuda:2"))
+    assert gpu.launches
+
+
 # ---- functional operations ----
 
 
