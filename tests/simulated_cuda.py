@@ -213,6 +213,9 @@ class SimulatedEvent:
     def record(self, stream: object = None) -> None:
         self.seconds = time.perf_counter()
 
+    def synchronize(self) -> None:
+        pass
+
     def elapsed_time(self, end: SimulatedEvent) -> float:
         return 1e3 * (end.seconds - self.seconds)
 
@@ -283,7 +286,9 @@ def simulated_cuda(
         patch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
         patch.setattr(torch.cuda, "synchronize", lambda device=None: None)
         patch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
-        properties = SimpleNamespace(major=9, minor=0, L2_cache_size=1 << 16)
+        properties = SimpleNamespace(
+            name="simulated", major=9, minor=0, L2_cache_size=1 << 16, multi_processor_count=2
+        )
         patch.setattr(torch.cuda, "get_device_properties", lambda device=None: properties)
         patch.setattr(torch.cuda, "get_device_name", lambda device=None: "simulated")
         patch.setattr(SparseSemiStructuredTensor, "_FORCE_CUTLASS", True)

@@ -1,174 +1,49 @@
 # SPDX-License-Identifier: Apache-2.0
 """Times the CUDA kernels against cuBLAS, cuDNN and torch's sparse products.
 
-`python -m bench.cuda.bench --out bench/results` writes <gpu>-cuda.json. Every output is checked
-against a float64 product first; a wrong one gets no figure. Weights take turns over more than twice
-the L2, so that each call meets cold ones, dense and sparse alike. Figures are medians of CUDA
-events around whole turns: `graph_us` replays a CUDA graph of a turn, `eager_us` runs it call by
-call. Baselines run in the case's own type; for float32 with TF32 off and, as a row of its own, on.
+`python -m bench.cuda.bench --out bench/results` writes <gpu>-cuda.json, anew after every case, and
+goes on where a file of the same commit and GPU ends. Every output is checked against a float64
+product first; a wrong one gets no figure. Weights take turns over more than twice the L2, so that
+each call meets cold ones, dense and sparse alike. Figures are medians of CUDA events around whole
+turns: `graph_us` replays a CUDA graph of a turn, `eager_us` runs it call by call. Baselines run in
+the case's own type; for float32 with TF32 off and, as a row of its own, on.
+
+`share_of_roofline` is the time that bytes or operations allow over the time taken: weights with
+their indices, x and y once each at the rate of a copy, and the multiplications of the weights that
+the way multiplies at the rate of a large dense product in its type, both measured at the start.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
-from collections.abc import Callable, Iterator
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from bench.cuda.cases import SUITES, Case
-from sparselt.formats import FORMATS, SparseWeight
+from bench.cuda.cases import SUITES, Case, in_turns
+from bench.cuda.contenders import Contender, Truth, contenders, input_of, weight_of
+from sparselt import extension
 from sparselt.measure.machine import header
-from sparselt.measure.report import write_json
+from sparselt.measure.report import read_json, write_json
 
-SUFFIX = {torch.float32: "", torch.float16: "_f16", torch.bfloat16: "_bf16"}
-UNIT = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
-# Tensor cores and TF32 round more often than once an addition; this covers both and no wrong index.
-SLACK = {torch.float32: 1.0, torch.float16: 4.0, torch.bfloat16: 4.0}
-TF32_UNIT = 2.0**-10
 DENSE_ENGINES = ("dense", "dense_nhwc")  # the faster one is what `times_dense` compares with
-REPEATS = 30
-MOST_COPIES = 64
+TURNS = (5, 30)
+# Of one contender's timed turns, eager and as a graph each.
+SECONDS = 0.2
+# After an error that the device does not get over a new process goes on with the next contender.
+AGAIN = 75
+# Bytes copied and the side of matrices multiplied to find what the card does.
+COPIED, SQUARE = 1 << 31, 8192
 
-Call = Callable[[], Tensor]
-
-
-@dataclass
-class Contender:
-    """One way to run a case: calls that differ only in which copy of the weight they read."""
-
-    name: str
-    calls: list[Call]
-    weight_bytes: int
-    tf32: bool = False
-
-
-def weight_of(case: Case) -> Tensor:
-    """The dense weight, on the GPU, in the case's type; zero where it is pruned."""
-    shape = (case.rows, case.cols, *(case.kernel or ()))
-    generator = torch.Generator("cuda").manual_seed(len(str(case)))
-    weight = torch.randn(shape, device="cuda", generator=generator)
-    # Blocks of a convolution lie under one tap of the filter.
-    flat = (weight.permute(0, 2, 3, 1) if case.channels_last else weight).reshape(case.rows, -1)
-    grid = (-(-flat.shape[0] // case.block[0]), -(-flat.shape[1] // case.block[1]))
-    kept = torch.rand(grid, device="cuda", generator=generator)
-    if case.block == (1, 1):
-        kept = kept < case.density
-    else:  # exactly: a small layer has few blocks
-        count = max(round(case.density * kept.numel()), 1)
-        kept = kept <= kept.view(-1).kthvalue(count).values
-    kept = kept.repeat_interleave(case.block[0], 0).repeat_interleave(case.block[1], 1)
-    flat = flat * kept[: flat.shape[0], : flat.shape[1]]
-    if case.channels_last:
-        by_taps = flat.view(case.rows, *(case.kernel or ()), case.cols)
-        return by_taps.permute(0, 3, 1, 2).contiguous().to(getattr(torch, case.dtype))
-    return flat.view(shape).to(getattr(torch, case.dtype))
-
-
-def input_of(case: Case) -> Tensor:
-    """The layer's x: (N, K), or (B, C_in, H, W)."""
-    shape = (case.columns, case.cols, *(case.size if case.kernel else ()))
-    x = torch.randn(shape, device="cuda").to(getattr(torch, case.dtype))
-    return x.to(memory_format=torch.channels_last) if case.channels_last else x
-
-
-def dense_call(case: Case, x: Tensor, weight: Tensor) -> Call:
-    """The layer on a dense weight."""
-    if case.kernel is None:
-        return lambda: F.linear(x, weight)
-    padding = (case.kernel[0] // 2, case.kernel[1] // 2)
-    return lambda: F.conv2d(x, weight, None, case.stride, padding)
-
-
-def sparse_call(case: Case, x: Tensor, packed: SparseWeight, parts: list[Tensor]) -> Call:
-    """The layer on packed parts, by the kernel of the format."""
-    meta, suffix = packed.meta(), SUFFIX[x.dtype]
-    if case.kernel is None:
-        name = f"{packed.name}_spmm_cuda{suffix}"
-        linear = torch.ops.sparselt.linear
-        return lambda: linear(x, parts, meta, None, None, None, None, name)
-    stride, padding = [case.stride] * 2, [size // 2 for size in case.kernel]
-    name = f"{packed.name}_conv2d_cuda{suffix}"
-    conv2d = torch.ops.sparselt.conv2d
-    return lambda: conv2d(x, parts, meta, None, None, stride, padding, [1, 1], 1, None, None, name)
-
-
-def copies_of(weight_bytes: int) -> int:
-    """How many copies of a weight are more than twice the L2."""
-    l2 = torch.cuda.get_device_properties(0).L2_cache_size
-    return min(MOST_COPIES, 2 * l2 // max(weight_bytes, 1) + 2)
-
-
-def contenders(case: Case, weight: Tensor, x: Tensor) -> Iterator[Contender]:
-    """The dense layer, torch's sparse product, and ours.
-
-    Dense float32 comes twice, TF32 off and on; a convolution over channels-last maps in both
-    layouts, since which one cuDNN is faster in depends on the layer.
-    """
-    size = weight.numel() * weight.element_size()
-    layouts = {"dense": torch.contiguous_format}
-    if case.channels_last:
-        layouts["dense_nhwc"] = torch.channels_last
-    for name, layout in layouts.items():
-        ours = x.contiguous(memory_format=layout)
-        copies = [weight.clone(memory_format=layout) for _ in range(copies_of(size))]
-        dense = [dense_call(case, ours, copy) for copy in copies]
-        yield Contender(name, dense, size)
-        if weight.dtype == torch.float32:
-            yield Contender(f"{name}_tf32", dense, size, tf32=True)
-    if case.kernel is None:
-        yield from torch_sparse(case, weight, x)
-    for format_name in case.formats:
-        block = case.block if format_name.startswith("bsr") else None
-        packed = FORMATS[format_name].from_dense(weight.float(), None, block)
-        parts = [p.to(weight.dtype) if p.is_floating_point() else p for p in packed.parts()]
-        size = sum(part.numel() * part.element_size() for part in parts)
-        turns = [[part.clone() for part in parts] for _ in range(copies_of(size))]
-        calls = [sparse_call(case, x, packed, turn) for turn in turns]
-        yield Contender(format_name, calls, size)
-
-
-def torch_sparse(case: Case, weight: Tensor, x: Tensor) -> Iterator[Contender]:
-    """What torch has for the same structure: cuSPARSE for CSR, Triton or cuSPARSE for blocks."""
-    if case.block == (1, 1):
-        packed = weight.to_sparse_csr()
-        indices = 4 * (packed.crow_indices().numel() + packed.col_indices().numel())
-        name = "torch_csr"
-    elif case.block[0] == case.block[1]:
-        packed = weight.to_sparse_bsr(case.block)
-        indices = 8 * (packed.crow_indices().numel() + packed.col_indices().numel())
-        name = "torch_bsr"
-    else:
-        return
-    size = packed.values().numel() * packed.values().element_size() + indices
-    turns = [packed.clone() for _ in range(copies_of(size))]
-    if name == "torch_bsr":
-        yield Contender(name, [lambda w=w: F.linear(x, w) for w in turns], size)
-    else:
-        columns = x.T.contiguous()
-        yield Contender(name, [lambda w=w: (w @ columns).T for w in turns], size)
-
-
-def wrong(case: Case, contender: Contender, weight: Tensor, x: Tensor, y: Tensor) -> str:
-    """Why an output is not to be timed; empty where it is within the dot-product bound."""
-    exact = dense_call(case, x.double(), weight.double())()
-    magnitude = dense_call(case, x.double().abs(), weight.double().abs())()
-    terms = int((weight.flatten(1) != 0).sum(1).max()) + 2
-    unit = TF32_UNIT if contender.tf32 else SLACK[x.dtype] * UNIT[torch.float32]
-    bound = terms * unit * magnitude + UNIT[x.dtype] * exact.abs() * (1 + 1e-6)
-    if contender.tf32:
-        bound = 4 * unit * magnitude + terms * UNIT[torch.float32] * magnitude
-    if tuple(y.shape) != tuple(exact.shape):
-        return f"shape {tuple(y.shape)}, expected {tuple(exact.shape)}"
-    excess = (y.double() - exact).abs() - bound
-    bad = int((~(excess <= 0)).sum())
-    return f"{bad} of {y.numel()} outputs beyond the bound" if bad else ""
+Row = dict[str, Any]
 
 
 @contextmanager
@@ -183,10 +58,10 @@ def tf32(enabled: bool) -> Iterator[None]:
 
 def turn_us(run: Callable[[], object], calls: int) -> tuple[float, float]:
     """Median and spread (interquartile) of the time of one call, in microseconds."""
-    for _ in range(3):
+    for _ in range(2):
         run()
-    times = []
-    for _ in range(REPEATS):
+    times: list[float] = []
+    while len(times) < TURNS[0] or (len(times) < TURNS[1] and sum(times) * calls < 1e6 * SECONDS):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         run()
@@ -197,7 +72,7 @@ def turn_us(run: Callable[[], object], calls: int) -> tuple[float, float]:
     return statistics.median(times), quartiles[2] - quartiles[0]
 
 
-def time_contender(contender: Contender) -> dict[str, float]:
+def time_contender(contender: Contender) -> Row:
     """Graph and eager times of a call that meets a cold weight; `us` is the graph, if it can."""
 
     def turn() -> None:
@@ -210,104 +85,182 @@ def time_contender(contender: Contender) -> dict[str, float]:
     try:
         with torch.cuda.graph(graph):
             turn()
-    except RuntimeError:  # a baseline that allocates or waits inside
+    except RuntimeError as error:  # a baseline that allocates or waits inside
         torch.cuda.synchronize()
-        return times
+        return times | {"no_graph": _line(error)}
     replayed, spread = turn_us(graph.replay, len(contender.calls))
     return times | {"us": replayed, "graph_us": replayed, "graph_iqr_us": spread}
 
 
 def ceilings() -> dict[str, float]:
     """What this card does: bytes a second of a copy, and operations a second of dense products."""
-    source = torch.empty(1 << 31, dtype=torch.uint8, device="cuda")
+    source = torch.empty(COPIED, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
-    copy_us = turn_us(lambda: target.copy_(source), 1)[0]
-    found = {"copy_bytes_per_s": 2 * source.numel() / (1e-6 * copy_us)}
+    copy_us = turn_us(partial(target.copy_, source), 1)[0]
+    found = {"copy_bytes_per_s": 2e6 * COPIED / copy_us}
     for name, dtype, allowed in (
         ("bfloat16", torch.bfloat16, False),
         ("float16", torch.float16, False),
         ("float32", torch.float32, False),
         ("tf32", torch.float32, True),
     ):
-        a, b = (torch.randn(8192, 8192, device="cuda").to(dtype) for _ in range(2))
+        a, b = (torch.randn(SQUARE, SQUARE, device="cuda").to(dtype) for _ in range(2))
         with tf32(allowed):
-            product_us = turn_us(lambda a=a, b=b: a @ b, 1)[0]
-        found[f"{name}_flop_per_s"] = 2 * 8192**3 / (1e-6 * product_us)
+            product_us = turn_us(partial(torch.mm, a, b), 1)[0]
+        found[f"{name}_flop_per_s"] = 2e6 * SQUARE**3 / product_us
     return found
 
 
-def run_case(case: Case, limits: dict[str, float]) -> list[dict[str, Any]]:
-    """A row for each contender: checked, timed, and against the dense layer and the floor."""
+def run_case(case: Case, limits: dict[str, float]) -> Iterator[Row]:
+    """A row for each contender: checked, timed, and against the dense layer and the roofline."""
     weight, x = weight_of(case), input_of(case)
-    nonzero = int((weight != 0).sum())
-    rows: list[dict[str, Any]] = []
-    for contender in contenders(case, weight, x):
-        row: dict[str, Any] = {"case": str(case), "engine": contender.name}
-        rows.append(row)
-        row |= {"weight_bytes": contender.weight_bytes, "copies": len(contender.calls)}
-        row["tf32"] = contender.tf32
+    truth = Truth(case, weight, x)
+    dense_us: list[float] = []
+    for name, make in contenders(case, weight, x):
+        row: Row = {"case": str(case), "engine": name}
         try:
+            contender = make()
+            row |= {"tf32": contender.tf32, "note": contender.note, "copies": len(contender.calls)}
             with tf32(contender.tf32), torch.no_grad():
                 y = contender.calls[0]()
-                row["wrong"] = wrong(case, contender, weight, x, y)
-                if row["wrong"]:
-                    continue
-                row |= time_contender(contender)
-        except RuntimeError as error:  # a baseline that torch does not have for this type or block
-            row["absent"] = str(error).splitlines()[0][:200]
-            continue
-        per_output = y.numel() / case.rows
-        row["useful_gflop_per_s"] = 2e-3 * nonzero * per_output / row["us"]
-        row["dense_equivalent_gflop_per_s"] = 2e-3 * weight.numel() * per_output / row["us"]
-        moved = contender.weight_bytes + sum(t.numel() * t.element_size() for t in (x, y))
-        row["moved_bytes"] = moved
-        row["share_of_copy_rate"] = moved / limits["copy_bytes_per_s"] / (1e-6 * row["us"])
-        dense = [row["us"] for row in rows if row["engine"] in DENSE_ENGINES and "us" in row]
-        row["times_dense"] = min(dense) / row["us"] if dense else None
-    return rows
+                row["wrong"] = truth.objection(y, contender.tf32)
+                row |= {} if row["wrong"] else time_contender(contender)
+        except (RuntimeError, ValueError, NotImplementedError) as error:
+            # A baseline that torch does not have for this type or block, or memory that is short.
+            row["absent"] = _line(error)
+        if "us" in row:
+            row |= rates(contender, row["us"], [x, y], case, limits)
+            row["useful_gflop_per_s"] = truth.density * row["dense_equivalent_gflop_per_s"]
+            dense_us += [row["us"]] if name in DENSE_ENGINES else []
+            row["times_dense"] = min(dense_us) / row["us"] if dense_us else None
+        yield row
 
 
-def main() -> None:
-    """Run the suites named, print a line a row, write the JSON."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--suite", nargs="*", choices=SUITES, default=list(SUITES))
-    parser.add_argument("--out", type=Path, default=Path("bench/results"))
-    parser.add_argument("--list", action="store_true", help="print the cases and stop")
-    options = parser.parse_args()
-    cases = [case for suite in options.suite for case in SUITES[suite]]
-    if options.list:
-        print(*cases, sep="\n")
-        return
-    from sparselt import _C_cuda  # registers the CUDA kernels
+def rates(
+    contender: Contender, us: float, maps: Sequence[Tensor], case: Case, limits: dict[str, float]
+) -> Row:
+    """What a time means: of the roofline, and in operations of the dense layer."""
+    columns = maps[-1].numel() // case.rows
+    moved = contender.weight_bytes + sum(t.numel() * t.element_size() for t in maps)
+    bytes_us = 1e6 * moved / limits["copy_bytes_per_s"]
+    work_us = 2e6 * contender.multiplied * columns / limits[f"{contender.rate}_flop_per_s"]
+    return {
+        "weight_bytes": contender.weight_bytes,
+        "moved_bytes": moved,
+        "bound_by": "bytes" if bytes_us > work_us else "operations",
+        "share_of_roofline": max(bytes_us, work_us) / us,
+        "dense_equivalent_gflop_per_s": 2e-3 * case.weights * columns / us,
+    }
 
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    # Ours add up in float32; so must what they are compared with.
-    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
-    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
-    limits = ceilings()
+
+def printed(row: Row) -> str:
+    """A row as a line."""
+    took = f"{row['us']:10.2f} us" if "us" in row else f"{'--':>13s}"
+    ratio = f"{row['times_dense']:6.2f}x" if row.get("times_dense") else ""
+    share = f"{row['share_of_roofline']:5.0%}" if "us" in row else ""
+    said = row.get("wrong") or row.get("absent") or row.get("crashed") or ""
+    return f"{row['case']:90s} {row['engine']:15s} {took} {ratio:7s} {share:5s} {said}"
+
+
+def gpu_name() -> str:
+    """Of the first GPU, as the driver has it."""
+    return str(torch.cuda.get_device_properties(0).name)
+
+
+def gpu_header() -> dict[str, Any]:
+    """What the card is, and how torch's products were set."""
     properties = torch.cuda.get_device_properties(0)
-    gpu = {
-        "name": properties.name,
+    return {
+        "name": gpu_name(),
+        "build": extension.build_id(),
         "capability": f"{properties.major}.{properties.minor}",
         "multiprocessors": properties.multi_processor_count,
         "l2_bytes": properties.L2_cache_size,
         "cuda_of_torch": torch.version.cuda,
+        "cuda_runtime": extension._cuda.runtime_version(),
         "reduced_precision_reduction": False,
-        "cuda_runtime": _C_cuda.runtime_version(),
-        **limits,
+        "tf32": "off but in rows that say so",
     }
-    rows = []
-    for case in cases:
-        for row in run_case(case, limits):
-            rows.append(row)
-            time = f"{row['us']:10.2f} us" if "us" in row else "        --"
-            ratio = f"{row['times_dense']:6.2f}x" if row.get("times_dense") else ""
-            print(f"{row['case']:90s} {row['engine']:12s} {time} {ratio} {row.get('wrong') or ''}")
+
+
+class Results:
+    """The file, which is whole after every row, and what of it is done."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.machine, self.gpu = path, header(), gpu_header()
+        self.rows: list[Row] = []
+        self.limits: dict[str, float] = {}
+        if path.exists():
+            old = read_json(path)
+            if all(old["gpu"][key] == self.gpu[key] for key in ("name", "build")):
+                rates = {k: v for k, v in old["gpu"].items() if k.endswith("_per_s")}
+                self.rows, self.limits = old["rows"], rates
+
+    def finished(self, case: Case) -> bool:
+        """Whether a case is in the file, whole or as far as the device survived it."""
+        return any(row["case"] == str(case) for row in self.rows)
+
+    def write(self, unrun: Sequence[Case]) -> None:
+        """The rows so far, and what was not run."""
+        gpu = self.gpu | self.limits
+        result = {"kind": "cuda", "machine": self.machine, "gpu": gpu, "rows": self.rows}
+        write_json(self.path, result | {"unrun": [str(case) for case in unrun]})
+
+
+def device_is_lost() -> bool:
+    """Whether nothing more can be computed in this process."""
+    try:
+        torch.ones(2, device="cuda").sum().item()
+    except RuntimeError:
+        return True
+    return False
+
+
+def run(cases: Sequence[Case], results: Results, seconds: float) -> int:
+    """Runs what the file does not have, as long as there is time; the exit status."""
+    end = time.monotonic() + seconds
+    results.limits = results.limits or ceilings()
+    left = [case for case in cases if not results.finished(case)]
+    while left and time.monotonic() < end:
+        case, *left = left
+        for row in run_case(case, results.limits):
+            lost = "absent" in row and device_is_lost()
+            if lost:
+                row["crashed"] = row.pop("absent")
+            results.rows.append(row)
+            results.write(left)
+            print(printed(row), flush=True)
+            if lost:
+                return AGAIN
         torch.cuda.empty_cache()
-    short = properties.name.replace("NVIDIA", "").split()[0].lower()
-    result = {"kind": "cuda", "machine": header(), "gpu": gpu, "rows": rows}
-    write_json(options.out / f"{short}-cuda.json", result)
+    print(f"{len(left)} of {len(cases)} cases left for another run", flush=True)
+    return 0
+
+
+def _line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the suites named, prints a line a row, writes the JSON."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--suite", nargs="*", choices=SUITES, default=list(SUITES))
+    parser.add_argument("--out", type=Path, default=Path("bench/results"))
+    parser.add_argument("--seconds", type=float, default=1e9, help="start no case after this time")
+    parser.add_argument("--list", action="store_true", help="print the cases and stop")
+    options = parser.parse_args(arguments)
+    cases = in_turns(options.suite)
+    if options.list:
+        print(*cases, sep="\n")
+        return 0
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    # Ours add up in float32; so must what they are compared with.
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    name = gpu_name().replace("NVIDIA", "").split()[0].lower()
+    options.out.mkdir(parents=True, exist_ok=True)
+    return run(cases, Results(options.out / f"{name}-cuda.json"), options.seconds)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -3,9 +3,14 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-__all__ = ["SUITES", "Case"]
+__all__ = ["SUITES", "Case", "in_turns"]
+
+_TARGET = 0.1
 
 
 @dataclass(frozen=True)
@@ -19,7 +24,8 @@ class Case:
         columns: N of a linear layer's batch, or the batch of a convolution.
         density: of the weight.
         dtype: of weight, x and y.
-        formats: of `formats.FORMATS`.
+        formats: of `formats.FORMATS`; "semi_structured" for torch's 2:4 product, and "planned" for
+            what `sparselt.convert` chooses on the device.
         block: in which weights are kept; (1, 1) for no structure.
         kernel: (R, S) of a convolution; None for a linear layer.
         size: (H, W) of a convolution's input.
@@ -45,6 +51,11 @@ class Case:
             shape += f",map={self.size[0]}x{self.size[1]},kernel={self.kernel[0]}x{self.kernel[1]}"
             shape += f",stride={self.stride}"
         return f"{self.name}:{shape}{block},density={self.density:g},{self.dtype}"
+
+    @property
+    def weights(self) -> int:
+        """How many the dense layer has."""
+        return self.rows * self.cols * math.prod(self.kernel or ())
 
     @property
     def channels_last(self) -> bool:
@@ -80,8 +91,8 @@ DECODE = (
 SMALL_BATCH = tuple(
     Case(name, rows, cols, n, density, dtype, ("patch8", "tile8"))
     for name, rows, cols, dtype in (
-        ("mlp_up", 14336, 4096, "float16"),
-        ("mlp_down", 4096, 14336, "bfloat16"),
+        ("mlp_up_batch", 14336, 4096, "float16"),
+        ("mlp_down_batch", 4096, 14336, "bfloat16"),
     )
     for n in (8, 16, 32, 64)
     for density in (0.4, 0.3, 0.2, 0.1, 0.05)
@@ -144,6 +155,38 @@ BLOCK_CONVOLUTION = tuple(
     if dtype == "bfloat16" or block == (32, 32)
 )
 
+TWO_OF_FOUR = tuple(
+    Case(f"square_{size}", size, size, n, 0.5, dtype, ("semi_structured",))
+    for size in (2048, 4096, 8192)
+    for n in (64, 1024, 4096)
+    for dtype in ("float16", "bfloat16")
+    if n < 4096 or size > 2048
+)
+
+# What no kernel is for should stay dense, and the rest should be no slower.
+PLANNED = (
+    *(
+        Case("planned_square", 4096, 4096, n, density, "float16", ("planned",))
+        for n in (1, 64, 2048)
+        for density in (0.5, 0.1)
+    ),
+    Case("planned_square", 4096, 4096, 2048, 0.1, "bfloat16", ("planned",), (64, 64)),
+    *(
+        Case(
+            f"planned_{name}",
+            filters,
+            channels,
+            32,
+            0.1,
+            "float32",
+            ("planned",),
+            (1, 1),
+            *geometry,
+        )
+        for name, filters, channels, *geometry in (RESNET50[0], RESNET50[3], RESNET50[5])
+    ),
+)
+
 SUITES = {
     "decode": DECODE,
     "small_batch": SMALL_BATCH,
@@ -152,4 +195,16 @@ SUITES = {
     "block_decode": BLOCK_DECODE,
     "convolution": CONVOLUTION,
     "block_convolution": BLOCK_CONVOLUTION,
+    "two_of_four": TWO_OF_FOUR,
+    "planned": PLANNED,
 }
+
+
+def in_turns(suites: Sequence[str]) -> list[Case]:
+    """The cases of several suites, one of each in turn: time that runs out leaves none without.
+
+    Of a suite, the density that the targets name most comes first.
+    """
+    sorted_suites = [sorted(SUITES[name], key=lambda c: c.density != _TARGET) for name in suites]
+    turns = itertools.zip_longest(*sorted_suites)
+    return [case for turn in turns for case in turn if case is not None]

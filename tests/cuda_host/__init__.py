@@ -34,6 +34,7 @@ __all__ = [
     "Host",
     "KernelFaultError",
     "built",
+    "compile_program",
     "dtype_of",
     "host",
     "registered",
@@ -131,19 +132,25 @@ def locked(path: Path) -> Iterator[None]:
         yield
 
 
-def compile_program(compiler: str, flags: Sequence[str], sources: list[Path], to: Path) -> None:
+def compile_program(
+    compiler: str, flags: Sequence[str], sources: list[Path], to: Path, link: Sequence[str] = ()
+) -> None:
     """Compiles two units at a time and links them."""
     include = [f"-I{ROOT / 'csrc'}", f"-I{Path(__file__).parent}", "-DSPARSELT_CUDA_HOST"]
     objects = [to.parent / f"{source.stem}.o" for source in sources]
 
-    def compiled(source: Path, target: Path) -> None:
-        command = [compiler, *flags, *include, "-x", "c++", "-c", str(source), "-o", str(target)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    def run(*command: str) -> None:
+        done = subprocess.run(
+            [compiler, *flags, *command], capture_output=True, text=True, check=False
+        )
         assert done.returncode == 0, done.stderr
+
+    def compiled(source: Path, target: Path) -> None:
+        run(*include, "-x", "c++", "-c", str(source), "-o", str(target))
 
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(compiled, sources, objects))
-    subprocess.run([compiler, *flags, *map(str, objects), "-o", str(to)], check=True)
+    run(*map(str, objects), *link, "-o", str(to))
 
 
 class Host:

@@ -13,7 +13,6 @@ import ctypes
 import functools
 import os
 import shutil
-import subprocess
 import sysconfig
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -30,7 +29,7 @@ from torch.utils import _pytree as pytree
 from torch.utils import cpp_extension
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from cuda_host import MAX_PARTS, ROOT, built, dtype_of, registered
+from cuda_host import MAX_PARTS, ROOT, built, compile_program, dtype_of, registered
 
 __all__ = ["CPU", "STREAM", "Launch", "Operators", "operators"]
 
@@ -232,10 +231,9 @@ def _build(compiler: str) -> Path:
     units = [*sorted((csrc / "cuda").glob("*.cpp")), here / "machine.cpp"]
     headers = [*(csrc / "cuda").glob("*.h"), here.parent / "cuda_host.h", csrc / "kernels.inc"]
     flags = ["-std=c++20", "-O1", "-fPIC", "-Wall", "-Wextra"]
-    flags += ["-DSPARSELT_CUDA_HOST", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
+    flags += ["-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
     flags += [f'-DSPARSELT_CUDA_CODE="{CODE}"', f"-DSPARSELT_TORCH={torch.__version__}"]
     flags += [f"-D{name}=cuda_host_{name.removeprefix('aoti_torch_')}" for name in _REPLACED]
-    flags += [f"-I{csrc}", f"-I{here.parent}"]
     includes = [*cpp_extension.include_paths(), get_include(), sysconfig.get_path("include")]
     flags += [flag for folder in includes for flag in ("-isystem", folder)]
     libraries = [f"-L{folder}" for folder in cpp_extension.library_paths()]
@@ -243,8 +241,6 @@ def _build(compiler: str) -> Path:
     libraries += ["-lc10", "-ltorch", "-ltorch_cpu"]
 
     def make(to: Path) -> None:
-        command = [compiler, *flags, "-shared", *map(str, units), *libraries, "-o", str(to)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
+        compile_program(compiler, flags, units, to, ["-shared", *libraries])
 
     return built("operators", [compiler, *flags, *libraries], [*units, *headers], make)
