@@ -18,6 +18,7 @@ from torch import Tensor, fx
 from torch._dynamo.backends import registry
 from torch._subclasses.fake_tensor import FakeTensor
 
+from sparselt.cuda_graph import graphed
 from sparselt.errors import KernelError
 from sparselt.explanation import remember
 from sparselt.lowering import lower
@@ -42,7 +43,8 @@ def backend(
         module: the graph.
         example_inputs: a value for each placeholder; parameters and buffers of modules are among
             them.
-        options: what torch.compile passes on; ignored.
+        options: what torch.compile passes on: with mode="reduce-overhead" calls on a CUDA device
+            replay CUDA graphs, and their results are the caller's own; others are ignored.
 
     Raises:
         KernelError: SPARSELT_KERNEL names a kernel that is unknown or does not fit a layer.
@@ -65,15 +67,15 @@ def backend(
         return module.forward
     if any(isinstance(x, FakeTensor) for x in tensors):
         return module.forward
-    compiled = _Compiled(module)
+    compiled = _Compiled(module, options.get("mode") == "reduce-overhead")
     return compiled if compiled.lower(example_inputs) else module.forward
 
 
 class _Compiled:
     """A lowered graph that notices when the weights that it was lowered with have changed."""
 
-    def __init__(self, module: fx.GraphModule) -> None:
-        self.module = module
+    def __init__(self, module: fx.GraphModule, graphs: bool) -> None:
+        self.module, self.graphs = module, graphs
         self.names: dict[int, str] = {}
         for index, node in enumerate(n for n in module.graph.nodes if n.op == "placeholder"):
             if re.search(r"_(parameters|buffers)_", str(node.target)):
@@ -90,7 +92,7 @@ class _Compiled:
         try:
             with torch.no_grad():
                 lowered = lower(self.module, values, hints, tuner)
-                self.run = nativize(lowered.module).forward
+                run = nativize(lowered.module).forward
         except KernelError:
             raise
         except Exception as error:
@@ -98,11 +100,40 @@ class _Compiled:
             kind = type(error).__name__
             warnings.warn(f"a graph runs in torch as it is: {kind}: {error}", stacklevel=2)
             return False
+        self.run = self.replayed(run, inputs) if self.graphs else run
         for row, index in zip(lowered.rows, lowered.weights, strict=True):
             if index is not None:
                 remember(values[index], row)
         self.watched = [(i, values[i], _state(values[i])) for i in lowered.sources]
         return True
+
+    def replayed(self, run: Callable[..., Any], inputs: Sequence[Any]) -> Callable[..., Any]:
+        """A call as CUDA graphs, which read the model's own tensors where they lie.
+
+        Runs kernel by kernel where one of these was replaced by another, and where the first call
+        has written to one, as batch norm does in training: a recording would do so once more.
+        """
+        own = {index: inputs[index] for index in self.names}
+        others = [index for index in range(len(inputs)) if index not in own]
+
+        def with_own(leaves: Sequence[Any]) -> Any:
+            given = iter(leaves)
+            return run(*(own[i] if i in own else next(given) for i in range(len(inputs))))
+
+        graph = graphed(with_own, [inputs[index] for index in others])
+        before = {i: _state(own[i]) for i in own if isinstance(own[i], Tensor)}
+        writes: bool | None = None
+
+        def call(*args: Any) -> Any:
+            nonlocal writes
+            if writes or any(args[index] is not value for index, value in own.items()):
+                return run(*args)
+            result = graph([args[index] for index in others])
+            if writes is None:
+                writes = any(_state(own[i]) != state for i, state in before.items())
+            return result
+
+        return call
 
     def __call__(self, *args: Any) -> Any:
         for index, value, state in self.watched:

@@ -111,18 +111,21 @@ class Gpu(TorchDispatchMode):
 
     Attributes:
         launches: names of the kernels that have run.
+        asked: names of the operators of torch that have.
         machine: runs kernels from their sources; None for float64 arithmetic.
     """
 
     def __init__(self, machine: Host | None = None) -> None:
         super().__init__()
         self.launches: list[str] = []
+        self.asked: list[str] = []
         self.machine = machine
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
         kwargs = dict(kwargs or {})
+        self.asked.append(func.__name__)
         if any(issubclass(kind, SparseSemiStructuredTensor) for kind in types):
             with self:
                 return SparseSemiStructuredTensorCUTLASS.__torch_dispatch__(

@@ -128,6 +128,21 @@ def test_convolution_of_channel_blocks_runs_over_channels_last(
     assert SparseConv2d.from_dense(dense.to("cuda:0", dtype)).kernel == layer.kernel
 
 
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("name", LAYERS)
+def test_call_of_a_layer_asks_nothing_of_the_device(
+    gpu: Gpu, name: str, dtype: torch.dtype
+) -> None:
+    kind, dense, shape = LAYERS[name]
+    layer = nn.Sequential(kind.from_dense(pruned(dense)), nn.ReLU()).to("cuda:0", dtype)
+    x = torch.randn(shape).to("cuda:0", dtype)
+    gpu.asked.clear()
+    layer(x)
+    views = {"view", "unsqueeze", "squeeze", "_unsafe_view", "as_strided", "detach", "alias"}
+    asked = {operator.split(".")[0] for operator in gpu.asked}
+    assert asked <= {"linear", "conv2d", "relu"} | views
+
+
 def test_tied_layers_move_together(gpu: Gpu) -> None:
     dense = pruned(nn.Linear(48, 48))
     model = nn.Sequential(dense, nn.Linear(48, 48))

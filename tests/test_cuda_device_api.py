@@ -234,6 +234,31 @@ def test_program_can_be_part_of_the_callers_graph() -> None:
     torch.testing.assert_close(y, program(x))
 
 
+def test_converted_module_can_be_captured_as_any_module() -> None:
+    x = torch.randn(2, 3, 16, 16).cuda()
+    model = sparselt.convert(network().cuda(), format="csr")
+    want = model(x)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = model(x)
+    graph.replay()
+    torch.testing.assert_close(y, want)
+    graphed = torch.cuda.make_graphed_callables(model, (x,))
+    torch.testing.assert_close(graphed(x), want)
+
+
+@pytest.mark.parametrize("backend", ["sparselt", "inductor"])
+def test_reduced_overhead_of_torch_compile_gives_the_same(backend: str) -> None:
+    model, inputs = network(), [torch.randn(2, 3, 16, 16) for _ in range(5)]
+    there = copy.deepcopy(model).cuda()
+    there = there if backend == "sparselt" else sparselt.convert(there, format="csr")
+    fast = torch.compile(there, backend=backend, mode="reduce-overhead")
+    with torch.inference_mode():
+        results = [fast(x.cuda()).clone() for x in inputs]
+    for y, x in zip(results, inputs, strict=True):
+        assert_close(y, model(x))
+
+
 @pytest.mark.parametrize("dtype", TYPES[1:], ids=str)
 def test_two_of_four_runs_by_torchs_product(dtype: torch.dtype) -> None:
     torch.manual_seed(0)

@@ -14,10 +14,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from simulated_cuda import SimulatedGraphs, simulated_cuda
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 import sparselt
-from sparselt import cuda_graph
+from sparselt import cuda_graph, dynamo
 from sparselt.cuda_graph import GraphedRun, TorchGraphs
 from sparselt.errors import DeviceError
 
@@ -193,3 +193,70 @@ def test_compiled_program_replays_on_the_device(monkeypatch: pytest.MonkeyPatch)
     assert set(gpu.launches) == {"csr_spmm_cuda"}
     for y, want in zip(got, wanted, strict=True):
         torch.testing.assert_close(y, want)
+
+
+def backend_on_cuda(
+    monkeypatch: pytest.MonkeyPatch, model: nn.Module, inputs: list[Tensor]
+) -> tuple[list[Tensor], list[SimulatedGraphs]]:
+    """What the backend gives for a model's graph on a simulated device, called by hand.
+
+    Dynamo itself does not trace simulated tensors; it hands over a graph as here.
+    """
+    made: list[SimulatedGraphs] = []
+
+    def graphs(device: torch.device) -> SimulatedGraphs:
+        made.append(SimulatedGraphs(device))
+        return made[-1]
+
+    captured: list[tuple[fx.GraphModule, list[object]]] = []
+
+    def keep(module: fx.GraphModule, example: list[object]) -> object:
+        captured.append((module, example))
+        return module.forward
+
+    torch._dynamo.reset()
+    with torch.no_grad():
+        torch.compile(model, backend=keep)(inputs[0])
+    (module, example) = captured[0]
+    own = [i for i, value in enumerate(example) if value is not inputs[0]]
+    with simulated_cuda(monkeypatch), torch.no_grad():
+        monkeypatch.setattr(cuda_graph, "TorchGraphs", graphs)
+        there = [value.cuda() for value in example]
+        run = dynamo.backend(module, there, mode="reduce-overhead")
+
+        def call(x: Tensor) -> Tensor:
+            args = [there[i] if i in own else x.cuda() for i in range(len(there))]
+            return run(*args)[0].cpu()
+
+        return [call(x) for x in inputs], made
+
+
+def test_reduced_overhead_replays_with_the_models_own_tensors(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 16), nn.ReLU()).eval().requires_grad_(False)
+    inputs = [torch.randn(4, 32) for _ in range(4)]
+    got, (graphs,) = backend_on_cuda(monkeypatch, model, inputs)
+    for y, x in zip(got, inputs, strict=True):
+        torch.testing.assert_close(y, model(x))
+    assert graphs.log.count("capture") == 1
+    assert graphs.log.count("replay") == 3
+
+
+def test_model_that_writes_to_its_buffers_is_not_recorded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("calls", torch.zeros(1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.calls.add_(1)
+
+    inputs = [torch.zeros(2)] * 4
+    got, (graphs,) = backend_on_cuda(monkeypatch, Counting(), inputs)
+    # Dynamo's own look at the model was the first call.
+    assert [float(y[0]) for y in got] == [2.0, 3.0, 4.0, 5.0]
+    assert "capture" not in graphs.log

@@ -119,7 +119,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "cuda_graph": BASE,
     "family": {"builder", "capture", "cuda_graph", "explanation", "lowering", "native"}
     | {"plan", "samples", "shapes", "tune"},
-    "dynamo": BASE | {"tune", "explanation", "lowering", "native"},
+    "dynamo": BASE | {"cuda_graph", "tune", "explanation", "lowering", "native"},
     "program": WHOLE_MODEL - {"program"},
     "measure": WHOLE_MODEL | {"cpu_timer", "extension", "reference", "sparselt"},
     "quickstart": EVERYTHING,
