@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Random small problems through every usable kernel, against the float64 reference.
+"""Random small problems through every usable kernel and pooling step, against float64.
 
     python tests/fuzz.py --problems 100000 --seed 0
 
@@ -21,8 +21,10 @@ import torch
 from cases import DENSITIES, PATTERNS, ConvCase, SpmmCase, assert_within_bound
 from kernel_calls import blocks_of, ungrouped
 from torch import Tensor
+from torch.nn import functional as F
 
 from sparselt import ops, reference
+from sparselt.extension import ArenaPool, NativeProgram
 from sparselt.formats import SparseWeight, pack
 from sparselt.neighbours import depthwise_conv2d
 from sparselt.plan import KernelInfo
@@ -151,12 +153,48 @@ def solve_depthwise(chance: random.Random, seed: int) -> Iterator[str]:
         yield kernel.name
 
 
+def solve_pooling(chance: random.Random, seed: int) -> Iterator[str]:
+    """One step of a native program: maxima are torch's to the bit, means as close as sums are."""
+    size = a_size(chance, 30), a_size(chance, 40)
+    kernel = chance.randint(1, min(6, size[0])), chance.randint(1, min(9, size[1]))
+    stride = a_pair(chance, 1, 4)
+    padding = chance.randint(0, kernel[0] // 2), chance.randint(0, kernel[1] // 2)
+    window = kernel, stride, padding
+    x = torch.randn(a_size(chance, 40), *size, generator=torch.Generator().manual_seed(seed))
+    counted = chance.random() < 0.5
+    wanted = {
+        "max_pool": F.max_pool2d(x, *window),
+        "mean_pool": F.avg_pool2d(x.double(), *window, count_include_pad=counted),
+    }
+    torch.set_num_threads(chance.choice((1, 2, 3)))
+    for name, want in wanted.items():
+        program = NativeProgram(torch.get_num_threads(), ArenaPool())
+        numbers = program.add_input(x.numel()), program.add_value(want.numel()), x.shape[0]
+        sizes = [*size, *kernel, *stride, *padding]
+        more = [counted] if name == "mean_pool" else []
+        getattr(program, f"add_{name}")(*numbers, sizes, *more)
+        program.add_output(numbers[1])
+        program.finish()
+        y = torch.full((want.numel() + 1,), torch.nan)
+        program.run([x.data_ptr()], [y.data_ptr()])
+        got = y[:-1].view(want.shape).to(want.dtype)
+        exact = name == "max_pool"
+        assert torch.equal(got, want) if exact else torch.allclose(got, want, 0.0, 1e-5), window
+        assert y[-1].isnan(), window
+        yield name
+    torch.set_num_threads(1)
+
+
 def run_problem(seed: int, number: int) -> list[str]:
     """Make and check problem `number`; returns the names of the kernels that ran it."""
     chance = random.Random(f"{seed}/{number}")
-    operation = chance.choice(("spmm", "linear", "conv1d", "conv2d", "conv2d", "depthwise"))
+    operation = chance.choice(
+        ("spmm", "linear", "conv1d", "conv2d", "conv2d", "depthwise", "pooling")
+    )
     if operation == "depthwise":
         return list(solve_depthwise(chance, number))
+    if operation == "pooling":
+        return list(solve_pooling(chance, number))
     if operation in ("spmm", "linear"):
         case: SpmmCase | ConvCase = a_matrix(chance, number)
     else:
