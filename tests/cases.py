@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The case table that every kernel, format and operator test walks, and how a result is judged.
+"""The case table that every kernel, format and operator test walks, and guarded memory.
 
 A case is a frozen record of sizes, pattern and seed; its tensors are made from the seed on demand,
 so that a printed case id is a reproducer. Sizes around a kernel's tile come from the registry.
@@ -14,12 +14,11 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import pytest
 import torch
+from expected import assert_within_bound
 from torch import Tensor
 
-from sparselt import reference
 from sparselt.formats import SparseWeight, pack
 from sparselt.plan import KernelInfo
 
@@ -328,42 +327,6 @@ def kernel_params(op: str) -> list[object]:
             marks.append(pytest.mark.skip(reason=f"{kernel.name}: {kernel.reason}"))
         params.append(pytest.param(kernel, id=kernel.name, marks=marks))
     return params
-
-
-def assert_within_bound(
-    case: object, got: Tensor, operation: Callable[..., np.ndarray], *args: object, **kwargs: object
-) -> None:
-    """Assert that `got` is within the dot-product bound of the reference, element by element.
-
-    NaN and infinities must be where the reference has them.
-
-    Args:
-        case: printed on failure; should be enough to make the case again.
-        got: float32 tensor of any device.
-        operation: a function of `sparselt.reference`.
-        *args: what it is called with.
-        **kwargs: the same.
-    """
-    __tracebackhide__ = True
-    with np.errstate(invalid="ignore", over="ignore"):
-        expected = operation(*args, **kwargs)
-        bound = reference.error_bound(operation, *args, **kwargs)
-        assert got.dtype == torch.float32, f"{case}: dtype {got.dtype}"
-        assert tuple(got.shape) == expected.shape, f"{case}: {tuple(got.shape)} {expected.shape}"
-        found = got.detach().cpu().double().numpy()
-        error = np.abs(found - expected)
-        finite = np.isfinite(expected)
-        same = (found == expected) | (np.isnan(found) & np.isnan(expected))
-        wrong = np.where(finite, ~(error <= bound), ~same)
-    if not wrong.any():
-        return
-    excess = np.where(wrong, np.nan_to_num(error / bound, nan=np.inf, posinf=np.inf), -1.0)
-    worst = np.unravel_index(int(np.argmax(excess)), excess.shape)
-    index = tuple(int(i) for i in worst)
-    raise AssertionError(
-        f"{case}: {int(wrong.sum())} of {wrong.size} wrong; worst at {index}: "
-        f"got {found[worst]:.9g}, expected {expected[worst]:.9g}, bound {bound[worst]:.3g}"
-    )
 
 
 def guarded(tensor: Tensor, offset: int = 0) -> Tensor:
