@@ -13,6 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 from typing_extensions import Self
@@ -26,7 +27,7 @@ from sparselt.formats.checks import (
     kept_weights,
 )
 
-__all__ = ["Part", "SparseWeight", "compress", "entry_rows"]
+__all__ = ["Part", "SparseWeight", "compress", "entry_rows", "run_of_each"]
 
 
 class Part:
@@ -329,6 +330,14 @@ def compress(kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     row_starts = torch.arange(rows + 1, device=kept.device) * cols
     crow = torch.searchsorted(positions, row_starts)
     return crow.to(torch.int32), (positions % cols).to(torch.int32), positions
+
+
+def run_of_each(counts: Tensor) -> Tensor:
+    """The run of each entry, for runs of these lengths (R) int64: (entries) int64."""
+    if counts.device.type != "cpu":
+        return torch.repeat_interleave(counts)
+    # Torch's function wakes all threads for a single entry: milliseconds on a busy machine.
+    return torch.from_numpy(np.repeat(np.arange(counts.numel()), counts.numpy()))
 
 
 def entry_rows(crow: Tensor, entries: int) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sparselt.errors import FormatError, explain_mismatch
-from sparselt.formats.base import Part
+from sparselt.formats.base import Part, run_of_each
 from sparselt.formats.checks import check_fits_int32, check_shapes
 from sparselt.formats.patches import CHUNK, LANES, PATCH, PLACES, Patches, chunk_places
 
@@ -66,7 +66,7 @@ class Patch8(Patches):
         first, stored = chunk_places(chunks)
 
         # Entry e of a list of n takes its weight min(e, n - 1).
-        owner = torch.repeat_interleave(CHUNK * chunks)
+        owner = run_of_each(CHUNK * chunks)
         entry = torch.arange(owner.numel(), device=dense.device) - CHUNK * first[owner]
         source = (counts.cumsum(0) - counts)[owner] + torch.minimum(entry, counts[owner] - 1)
         target = CHUNK * stored[first[owner] + entry // CHUNK] + entry % CHUNK
@@ -83,7 +83,7 @@ class Patch8(Patches):
         """Slot, place and number of each entry, list after list, repeats included."""
         chunks = self.counts.view(-1).long()
         first, stored = chunk_places(chunks)
-        owner = torch.repeat_interleave(CHUNK * chunks)
+        owner = run_of_each(CHUNK * chunks)
         entry = torch.arange(owner.numel(), device=self.device) - CHUNK * first[owner]
         numbers = CHUNK * stored[first[owner] + entry // CHUNK] + entry % CHUNK
         return owner, self.places[numbers].long(), numbers

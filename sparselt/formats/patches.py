@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sparselt.errors import FormatError, explain_mismatch
-from sparselt.formats.base import Part, SparseWeight
+from sparselt.formats.base import Part, SparseWeight, run_of_each
 
 __all__ = ["CHUNK", "LANES", "PATCH", "PLACES", "Patches", "chunk_places"]
 
@@ -106,7 +106,7 @@ def chunk_places(chunks: Tensor) -> tuple[Tensor, Tensor]:
         first (groups * 32) and order (chunks) int64: chunk i of lane l is stored as chunk
         order[first[l] + i].
     """
-    owner = torch.repeat_interleave(chunks)
+    owner = run_of_each(chunks)
     first = chunks.cumsum(0) - chunks
     step = torch.arange(owner.numel(), device=chunks.device) - first[owner]
     # A stable sort of what is in the order of lanes.

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from sparselt.errors import FormatError, explain_mismatch
+from sparselt.formats.base import run_of_each
 from sparselt.formats.checks import check_fits_int32
 
 __all__ = ["MAX_BLOCK_COLS", "Slices", "arrange"]
@@ -60,7 +61,7 @@ class Slices:
             torch.searchsorted(self.block_slices.long(), slices, right=True) - 1
         ) % self.num_blocks
         lengths = self.slice_steps.long().diff()
-        step_slices = torch.repeat_interleave(slices, lengths)
+        step_slices = run_of_each(lengths)
         places = torch.arange(self.columns.numel())
         owners = step_slices[places // self.height]
         rows = self.slice_rows.long()[owners * self.height + places % self.height]
@@ -103,9 +104,7 @@ class Slices:
             raise FormatError(
                 explain_mismatch("slice_rows", f"-1 to {self.rows - 1}", "one outside")
             )
-        blocks = torch.repeat_interleave(
-            torch.arange(self.block_slices.numel() - 1), self.block_slices.long().diff()
-        ).repeat_interleave(self.height)
+        blocks = run_of_each(self.block_slices.long().diff()).repeat_interleave(self.height)
         held = rows >= 0
         sections, columns_of = blocks // self.num_blocks, blocks % self.num_blocks
         appearances = torch.bincount(
@@ -162,7 +161,7 @@ def arrange(
     (rows, cols), (height, block_cols) = shape, block
     num_blocks = max(1, -(-cols // block_cols))
     count = col.numel()
-    entry_rows = torch.repeat_interleave(torch.arange(rows), crow.long().diff(), output_size=count)
+    entry_rows = run_of_each(crow.long().diff())
     columns = col.long()
     # Entries lie by row and, within a row, by block: a "run" is a row's part of a block.
     entry_runs = entry_rows * num_blocks + columns // block_cols

@@ -10,7 +10,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from sparselt.errors import FormatError, explain_mismatch
-from sparselt.formats.base import Part, SparseWeight
+from sparselt.formats.base import Part, SparseWeight, run_of_each
 from sparselt.formats.checks import check_fits_int32, check_shapes
 
 __all__ = ["Tile8"]
@@ -132,7 +132,7 @@ class Tile8(SparseWeight):
 
     def _stored(self) -> tuple[Tensor, Tensor]:
         counts = self.counts.view(-1).long()
-        group_rows = torch.repeat_interleave(counts)
+        group_rows = run_of_each(counts)
         places = _places(counts, group_rows)
         panels = max(-(-self.cols // self.block[1]), 1)
         group, lane = group_rows // SLICE_ROWS, group_rows % SLICE_ROWS
@@ -160,7 +160,7 @@ class Tile8(SparseWeight):
             )
         panels = max(-(-self.cols // self.block[1]), 1)
         counts = self.counts.view(-1).long()
-        group_rows = torch.repeat_interleave(counts)
+        group_rows = run_of_each(counts)
         group, lane = group_rows // SLICE_ROWS, group_rows % SLICE_ROWS
         offset = self.offsets.view(-1)[_places(counts, group_rows)].long()
         column = group % panels * self.block[1] + offset
@@ -206,7 +206,7 @@ def _places(counts: Tensor, group_rows: Tensor) -> Tensor:
         (nnz) int64.
     """
     chunks = (counts + CHUNK - 1) // CHUNK
-    owner = torch.repeat_interleave(chunks)
+    owner = run_of_each(chunks)
     first_chunk = chunks.cumsum(0) - chunks
     step = torch.arange(owner.numel(), device=counts.device) - first_chunk[owner]
     # Stored by group, then step, then row: a stable sort of what is in the order of rows.
