@@ -102,6 +102,28 @@ def test_an_input_that_is_no_plain_tensor_is_taken(name):
     assert bool(in_torch) == (name in ("a parameter", "a tensor of another class"))
 
 
+def test_an_input_of_any_layout_is_taken():
+    model = make("residual")
+    program, in_torch = compiled(model, input_for("residual", 2))
+    x = input_for("residual", 4)
+    wanted = program(x)
+    assert torch.equal(program(x.contiguous(memory_format=torch.channels_last)), wanted)
+    wide = torch.zeros(*x.shape[:3], 2 * x.shape[3])
+    wide[..., ::2] = x
+    assert torch.equal(program(wide[..., ::2]), wanted)
+    assert not in_torch
+
+
+def test_under_autocast_torch_runs_the_steps():
+    program, in_torch = compiled(make("residual"), input_for("residual", 2))
+    x = input_for("residual", 2)
+    wanted = program(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = program(x)
+    assert in_torch
+    torch.testing.assert_close(got.float(), wanted, rtol=0.1, atol=0.1)
+
+
 def test_programs_for_old_shapes_make_room(monkeypatch):
     monkeypatch.setattr("sparselt.native._MAX_PROGRAMS", 2)
     model = make("perceptron")
