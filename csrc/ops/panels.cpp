@@ -11,8 +11,13 @@
 namespace sparselt {
 namespace {
 
-// Vectors of 16 columns that a thread must have for columns to be shared out rather than rows.
+// Vectors of 16 columns that a thread must have for columns to be shared out rather than rows. Each
+// thread that has all columns of some rows copies all of x, which is little where the weight has
+// kTall times as many rows as columns; then rows are better for longer, since columns rarely divide
+// evenly, and two threads write to the cache line at their border in each row of y.
 constexpr int64_t kWorthSharing = 4;
+constexpr int64_t kTall = 2;
+constexpr int64_t kWorthSharingTall = 8;
 
 // Wide panels pay off code that is read from L3 for each of them. Where it stays in L2, half as
 // much x and half as many sums beside it are better.
@@ -49,7 +54,8 @@ int64_t PanelTask::own_floats() const {
 PanelTask::Share PanelTask::share_of(int64_t part) const {
   const int64_t sections = weight_.sell.num_sections;
   const int64_t vectors = (pixels_ + kPanelLanes - 1) / kPanelLanes;
-  if (vectors >= parts_ * kWorthSharing || sections < parts_) {
+  const bool is_tall = weight_.rows >= kTall * weight_.sell.cols;
+  if (vectors >= parts_ * (is_tall ? kWorthSharingTall : kWorthSharing) || sections < parts_) {
     return {even_columns(pixels_, part, parts_), {0, sections}};
   }
   return {{0, pixels_}, even_range(sections, part, parts_)};
