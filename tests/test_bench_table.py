@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pytest
 import torch
 
+from bench import no_loss
 from sparselt import cli
 from sparselt.errors import DataError, OptionError
 from sparselt.measure import model, networks, report, table
@@ -145,3 +147,28 @@ def test_command_prints_the_table_and_keeps_it(
     assert "lenet" in shown
     assert "3.00x" in shown
     assert len(report.read_json(path)["cases"]) == 1
+
+
+def test_the_search_for_losses_meets_every_kind_of_network() -> None:
+    drawn = list(itertools.islice(no_loss.samples(0), 3 * len(no_loss.KINDS)))
+    assert [sample.kind for sample in drawn] == 3 * list(no_loss.KINDS)
+    assert drawn == list(itertools.islice(no_loss.samples(0), len(drawn)))
+    for sample in drawn[: len(no_loss.KINDS)]:
+        x = no_loss.Sample(sample.kind, 16, sample.size and 9, 2, 0.5)
+        assert x.build()(x.inputs()).shape[:2] == (2, 16)
+
+
+@pytest.mark.parametrize(("us", "measured", "lost"), [(12.0, 2, True), (10.4, 1, False)])
+def test_a_network_that_loses_is_timed_again(
+    monkeypatch: pytest.MonkeyPatch, us: float, measured: int, lost: bool
+) -> None:
+    spent: list[float] = []
+
+    def interleave(calls, *, seconds, **_):
+        spent.append(seconds)
+        return {name: Timing(((us if name == "sparselt" else 10.0,),)) for name in calls}
+
+    monkeypatch.setattr(no_loss, "interleave", interleave)
+    row = no_loss.time_one(no_loss.Sample("linear", 16, 0, 3, 0.5), with_compile=False)
+    assert (len(spent), row["lost"], row["wrong"]) == (measured, lost, False)
+    assert spent == sorted(spent)
