@@ -95,13 +95,16 @@ struct CodeView {
 // BSELL is the same for rows of blocks of slice_height x 1: a slice is such a row, `columns` has
 // one column a step, which all its rows share, and no step is filled up. The rows of a slice are
 // neighbours; those beyond the last are -1, with values of 0.
+//
+// The sign format has no value a step but one magnitude a row. A column stands for a weight of that
+// magnitude, and column + block_cols + 1 for one of its negative.
 struct SellView {
   const int32_t* block_slices;  // num_sections * num_blocks + 1: the first slice of block b of
                                 // section s, at s * num_blocks + b
   const int32_t* slice_steps;   // a slice each, + 1: its first step
   const int32_t* slice_rows;    // slice_height a slice: the row, or -1 for none
   const uint16_t* columns;      // slice_height a step (BSELL: one): column within its block
-  const float* values;          // slice_height a step
+  const float* values;          // slice_height a step; sign: one a row
   int64_t rows;
   int64_t cols;
   int64_t slice_height;
@@ -145,13 +148,15 @@ struct PanelCall {
 };
 
 // A product with up to kMaxSpmvColumns columns, for which no panel is worth its width. x is laid
-// out by the blocks of the weight: column c of block b meets the `lanes` floats at x + (b *
-// (block_cols + 1) + c) * lanes. Lanes from `columns` on are zeros, and so are all of c =
-// block_cols, what short rows are filled up with. ops/spmv.cpp makes this.
+// out by the blocks of the weight: column c of block b meets the `lanes` floats at x + b *
+// block_stride + c * lanes. Lanes from `columns` on are zeros, and so are all of c = block_cols,
+// what short rows are filled up with. For the sign format the negative of each block follows it, so
+// that its columns find it. ops/spmv.cpp makes this.
 constexpr int64_t kMaxSpmvColumns = 16;
 struct SpmvCall {
   SellView weight;
-  const float* x;   // aligned to 64 bytes
+  const float* x;  // aligned to 64 bytes
+  int64_t block_stride;
   int64_t lanes;    // 1, 4, 8 or 16; at most the kernel's tile_columns
   int64_t columns;  // 1 where lanes is 1
   float* y;         // y[m, n] is at m * y_row_stride + n * y_column_stride, as in the residual; it

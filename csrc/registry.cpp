@@ -86,7 +86,8 @@ const KernelInfo& find_kernel(std::string_view name, std::string_view op, std::s
   const auto serves = [&](const KernelInfo& kernel) {
     if (kernel.format != format || kernel.device != "cpu") return false;
     const bool serves_op = kernel.op == op || kernel.panel || (kernel.op == "spmv" && op == "spmm");
-    const bool fits = format != "sell" || kernel.tile_rows == 1 || kernel.tile_rows == block_rows;
+    const bool fits = (format != "sell" && format != "sign") || kernel.tile_rows == 1 ||
+                      kernel.tile_rows == block_rows;
     return serves_op && fits;
   };
   for (const KernelInfo& kernel : kTable) {

@@ -174,6 +174,8 @@ def code_bytes(parts: Sequence[Tensor]) -> int:
 
 def _format_of(parts: Sequence[Tensor]) -> str:
     if len(parts) == 5:
+        if parts[3].dim() == 2:
+            return "sign"
         return "sell" if parts[-1].dim() == 1 else "bsell"
     if len(parts) == 4:
         return {1: "patch8", 2: "tile8"}.get(parts[2].dim(), "bitmask")

@@ -13,10 +13,18 @@ from torch import Tensor, nn
 from sparselt import ops
 from sparselt.cuda_rules import FEW_COLUMNS_FORMATS, SEMI_STRUCTURED, preference
 from sparselt.errors import KernelError, OptionError, explain_mismatch
+from sparselt.formats.sign import row_magnitudes
 from sparselt.packed import zero_block
 from sparselt.plan import DENSE, Candidate, Facts, KernelInfo, Plan, candidates
 
-__all__ = ["LAYER_OPS", "facts_of", "forced_kernel", "is_two_of_four", "sparse_plan"]
+__all__ = [
+    "LAYER_OPS",
+    "facts_of",
+    "forced_kernel",
+    "is_of_one_magnitude",
+    "is_two_of_four",
+    "sparse_plan",
+]
 
 # The layers that have a sparse counterpart, and the operation each is.
 LAYER_OPS: dict[type[nn.Module], str] = {
@@ -53,6 +61,7 @@ def facts_of(module: nn.Module, kept: Tensor, columns: int | None = None) -> Fac
                 columns=columns,
                 block=zero_block(kept),
                 groups=int(getattr(module, "groups", 1)),
+                one_magnitude=op == "linear" and is_of_one_magnitude(weight, kept),
                 device=weight.device.type,
                 device_index=max(weight.get_device(), 0),
                 dtype=str(weight.dtype).removeprefix("torch."),
@@ -60,6 +69,23 @@ def facts_of(module: nn.Module, kept: Tensor, columns: int | None = None) -> Fac
             )
     kinds = ", ".join(kind.__name__ for kind in LAYER_OPS)
     raise OptionError(explain_mismatch("module", f"one of {kinds}", type(module).__name__))
+
+
+def is_of_one_magnitude(weight: Tensor, kept: Tensor) -> bool:
+    """Whether the kept weights of each row differ in sign alone, which format "sign" asks for.
+
+    Args:
+        weight: (M, ...); on CUDA, where no kernel reads signs, none is.
+        kept: bool, of the same shape.
+
+    Example:
+        >>> import torch
+        >>> is_of_one_magnitude(torch.tensor([[0.5, -0.5, 3.0]]), torch.tensor([[1, 1, 0]]) > 0)
+        True
+    """
+    if weight.device.type != "cpu":
+        return False
+    return row_magnitudes(weight.detach().float().flatten(1), kept.flatten(1)) is not None
 
 
 def is_two_of_four(kept: Tensor) -> bool:
@@ -102,7 +128,7 @@ def sparse_plan(facts: Facts, format: str, kernel: str = "") -> Plan:
     if named is not None and named.op == "spmv":
         facts = replace(facts, columns=1)  # who names it has few
     format = _format_for(facts, format, named, kernels)
-    if format in FEW_COLUMNS_FORMATS:
+    if format in (*FEW_COLUMNS_FORMATS, "sign"):
         facts = replace(facts, columns=1)
     if format == "bsr" and facts.block == (1, 1):
         facts = replace(facts, block=(4, 1))

@@ -30,9 +30,10 @@ _SPARSE_BLOCK_ROW_COLS = 384
 _BLOCK_ROW_SPARSE_BELOW = 0.3
 
 # The x of a spmv kernel is small enough that one block may hold all columns of the weight, up to
-# what 15-bit indices reach.
+# what 15-bit indices reach; signs take one of the bits.
 _SPMV_HEIGHT = 8  # for a kernel that takes any; the AVX2 kernel's, so that the two share a packing
 _SPMV_BLOCK_COLS = 2**15 - 1
+_SIGN_BLOCK_COLS = 2**14 - 1
 
 # Generated code goes through few rows at a time, so its blocks fill an L2, not an L1.
 _CODE_BLOCK_COLS = 256
@@ -53,11 +54,12 @@ def block_for(facts: Facts, kernel: KernelInfo) -> tuple[int, int]:
             return (height, min(row, _SPMV_BLOCK_COLS))
         few = density < _BLOCK_ROW_SPARSE_BELOW
         return (height, _SPARSE_BLOCK_ROW_COLS if few else _BLOCK_ROW_COLS)
-    if kernel.format != "sell":
+    if kernel.format not in ("sell", "sign"):
         return facts.block if kernel.format in BLOCK_FORMATS else (1, 1)
     height, cols = _ANY_HEIGHT, _SPARSE_BLOCK_COLS if density < _SPARSE_BELOW else _BLOCK_COLS
     if kernel.op == "spmv":
-        height, cols = _SPMV_HEIGHT, min(row, _SPMV_BLOCK_COLS)
+        most = _SIGN_BLOCK_COLS if kernel.format == "sign" else _SPMV_BLOCK_COLS
+        height, cols = _SPMV_HEIGHT, min(row, most)
     elif kernel.op == "code":
         cols = _CODE_BLOCK_COLS
     elif facts.columns is not None and facts.columns <= _ONE_VECTOR:

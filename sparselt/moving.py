@@ -98,6 +98,7 @@ def _by_rule(place: Place, layer: Movable, weight: PackedWeight) -> Plan:
         columns=1 if _is_for_few(layer.kernel, weight.format) else None,
         block=weight.block if weight.format in BLOCK_FORMATS else zero_block(mask, device),
         groups=int(getattr(layer, "groups", 1)),
+        one_magnitude=weight.format == "sign" and device == "cpu",
         device=device,
         device_index=index,
         dtype=dtype or "float32",

@@ -33,7 +33,7 @@ __all__ = [
 
 DENSE = "dense"
 _CUDA_FORMATS = ("tile8", "patch8", "bitmask", "bsr_nhwc", SEMI_STRUCTURED)
-FORMAT_CHOICES = ("auto", "csr", "bsr", "sell", "bsell", *_CUDA_FORMATS, DENSE)
+FORMAT_CHOICES = ("auto", "csr", "bsr", "sell", "bsell", "sign", *_CUDA_FORMATS, DENSE)
 
 # Which kernels of the registry serve an operation: linear is spmm, conv1d is conv2d with H = 1.
 _KERNEL_OP = {"spmm": "spmm", "linear": "spmm", "conv1d": "conv2d", "conv2d": "conv2d"}
@@ -41,7 +41,7 @@ _KERNEL_OP = {"spmm": "spmm", "linear": "spmm", "conv1d": "conv2d", "conv2d": "c
 # Density below which a kernel is expected to beat dense, where nobody measured: the AVX2 kernels
 # break even with oneDNN on AVX-512 at 0.2 to 0.5, one thread, unit strides, ResNet-50's shapes.
 # Cautious on purpose: a wrong guess costs speed, and example inputs replace it by a measurement.
-_PAYS_BELOW = {"csr": 0.20, "bsr": 0.40, "sell": 0.30, "bsell": 0.45}
+_PAYS_BELOW = {"csr": 0.20, "bsr": 0.40, "sell": 0.30, "bsell": 0.45, "sign": 0.45}
 _PAYS_BELOW_SCALAR = 0.05
 _PAYS_BELOW_ONE_COLUMN = 0.15
 
@@ -221,6 +221,8 @@ def _refusal(facts: Facts, kernel: KernelInfo) -> str:
         return "the rows of the blocks are no multiple of 4"
     if kernel.format == "sell" and facts.groups > 1 and facts.group_rows < _LEAST_GROUP_ROWS:
         return f"is for groups of at least {_LEAST_GROUP_ROWS} rows"
+    if kernel.format == "sign" and not facts.one_magnitude:
+        return "the weights of a row differ in magnitude"
     if kernel.op == "spmv" and (facts.columns is None or facts.columns > kernel.tile_columns):
         return f"is for at most {kernel.tile_columns} columns"
     if kernel.op == "code" and facts.columns is not None and facts.columns < _CODE_COLUMNS:

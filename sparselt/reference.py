@@ -17,7 +17,7 @@ import numpy.typing as npt
 from torch import Tensor
 
 from sparselt.errors import ShapeError, explain_mismatch
-from sparselt.formats import SparseWeight
+from sparselt.formats import SparseWeight, pack
 
 __all__ = ["Array", "conv1d", "conv2d", "error_bound", "linear", "spmm"]
 
@@ -299,8 +299,7 @@ def error_bound(operation: Callable[..., Array], *arguments: object, **options: 
 
 def _absolute(argument: object) -> object:
     if isinstance(argument, SparseWeight):
-        *indices, values = argument.parts()
-        return type(argument).from_parts((*indices, values.abs()), argument.shape, argument.block)
+        return pack(argument.to_dense().abs(), argument.mask())
     if isinstance(argument, (Tensor, np.ndarray)):
         return np.abs(_float64(argument))
     return argument

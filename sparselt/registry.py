@@ -20,7 +20,8 @@ class KernelInfo:
         format: the weight format it reads, a key of `sparselt.formats.FORMATS`, or "dense".
         device: "cpu" or "cuda".
         features: CPU features it needs.
-        tile_rows: output rows computed together; of a kernel for SELL, the slice height it reads
+        tile_rows: output rows computed together; of a kernel for SELL or sign, the slice height it
+            reads
             (1 for any).
         tile_columns: columns (pixels, batch items) computed together.
         dtype: the element type of values and activations, for example "float32".
@@ -47,7 +48,7 @@ class KernelInfo:
 
     def serves(self, op: str, format: str, block_rows: int) -> bool:
         """Whether it runs `op` on weights of `format` with blocks (slices) of `block_rows` rows."""
-        fits = self.format != "sell" or self.tile_rows in (1, block_rows)
+        fits = self.format not in ("sell", "sign") or self.tile_rows in (1, block_rows)
         return op in self.operations and self.format == format and fits
 
 
@@ -63,6 +64,7 @@ class Facts:
             when unknown.
         block: (rows, cols) of the blocks that the zeros come in; (1, 1) when they do not.
         groups: of a convolution.
+        one_magnitude: whether the kept weights of each row differ in sign alone.
         device: "cpu" or "cuda".
         device_index: which CUDA device; GPUs of several generations may be in one machine. What is
             measured on one of a kind holds for all, so it tells no layers apart.
@@ -77,6 +79,7 @@ class Facts:
     columns: int | None = None
     block: tuple[int, int] = (1, 1)
     groups: int = 1
+    one_magnitude: bool = False
     device: str = "cpu"
     dtype: str = "float32"
     two_of_four: bool = False

@@ -55,9 +55,8 @@ PATTERNS = (
 # Along the outputs, square, no power of two, larger than many matrices, and the degenerate one.
 BLOCKS = ((1, 1), (4, 1), (8, 1), (16, 1), (2, 2), (16, 16), (3, 5), (1, 4), (64, 32))
 
-GUARD = (
-    64  # floats of NaN on each side of what a kernel may touch: more than any vector or tile row
-)
+# Floats of NaN on each side of what a kernel may touch: more than any vector or tile row.
+GUARD = 64
 
 
 @dataclass(frozen=True)
@@ -89,6 +88,8 @@ class SpmmCase:
     def weight(self, format: str = "csr", block: tuple[int, int] | None = None) -> SparseWeight:
         """The packed weight."""
         weight, mask = self.dense()
+        if format == "sign":  # the same signs, a magnitude a row
+            weight = torch.copysign(0.25 + torch.arange(self.rows).view(-1, 1), weight)
         return pack(weight, mask, format, None if format == "csr" else block)
 
     def x(self) -> Tensor:

@@ -21,7 +21,7 @@ CONV2D = pytest.mark.parametrize("kernel", kernel_params("conv2d"))
 
 
 def blocks_of(kernel: KernelInfo) -> tuple[tuple[int, int] | None, ...]:
-    if kernel.format == "sell":
+    if kernel.format in ("sell", "sign"):
         # Column blocks of one column, of a few, and wider than most cases.
         heights = (kernel.tile_rows,) if kernel.tile_rows > 1 else (1, 2, 3, 4, 7)
         return tuple((height, cols) for height in heights for cols in (1, 5, 16, 128))

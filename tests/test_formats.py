@@ -24,6 +24,7 @@ FORMAT_BLOCKS = [
     *(("sell", block) for block in SLICES),
     *(("bsell", block) for block in ((4, 128), (8, 5), (16, 1), (4, 32767))),
     *(("tile8", block) for block in (None, (32, 128))),
+    *(("sign", block) for block in (None, (2, 5), (1, 1), (16, 16383))),
     ("bitmask", None),
     ("patch8", None),
     *(("bsr_nhwc", block) for block in (None, (2, 3), (16, 16))),
@@ -36,6 +37,11 @@ def random_weight(shape: tuple[int, ...], density: float, seed: int) -> tuple[Te
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(shape, generator=generator)
     return weight, torch.rand(shape, generator=generator) < density
+
+
+def suited(format: str, weight: Tensor) -> Tensor:
+    """The weight, or for a format of one magnitude a row another one with its signs."""
+    return torch.copysign(torch.full_like(weight, 0.3), weight) if format == "sign" else weight
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
@@ -53,6 +59,7 @@ def test_round_trip_is_bit_exact(
     format: str, block: tuple[int, int] | None, shape: tuple[int, ...], density: float
 ) -> None:
     weight, mask = random_weight(shape, density, seed=1)
+    weight = suited(format, weight)
     packed = pack(weight, mask, format, block)
     assert packed.shape == shape
     assert same_bits(packed.to_dense(), torch.where(mask, weight, 0.0))
@@ -65,7 +72,8 @@ def test_round_trip_is_bit_exact(
 def test_patterns_round_trip(format: str, block: tuple[int, int] | None, pattern: str) -> None:
     case = SpmmCase(17, 23, 1, pattern)
     weight, mask = case.dense()
-    packed = case.weight(format, block)
+    weight = suited(format, weight)
+    packed = pack(weight, mask, format, block)
     assert same_bits(packed.to_dense(), torch.where(mask, weight, 0.0))
     again = type(packed).from_parts(packed.parts(), packed.shape, packed.block)
     assert same_bits(again.to_dense(), packed.to_dense())
@@ -148,7 +156,7 @@ def test_masks_of_zeros_and_ones_mean_the_same_in_any_type(dtype: torch.dtype) -
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("format", FORMATS)
 def test_narrow_floats_are_stored_exactly(dtype: torch.dtype, format: str) -> None:
-    weight = random_weight((9, 11), 1.0, seed=3)[0].to(dtype)
+    weight = suited(format, random_weight((9, 11), 1.0, seed=3)[0].to(dtype))
     packed = pack(weight, format=format)
     assert packed.dtype == torch.float32
     assert torch.equal(packed.to_dense().to(dtype), weight)
@@ -159,6 +167,7 @@ def test_strides_and_gradients_of_the_weight_do_not_matter(
     format: str, block: tuple[int, int] | None
 ) -> None:
     weight, mask = random_weight((12, 10), 0.5, seed=4)
+    weight = suited(format, weight)
     expected = pack(weight, mask, format, block).to_dense()
     turned = weight.T.contiguous().T
     wide = torch.randn(12, 20)
@@ -184,11 +193,12 @@ def test_packing_shares_no_memory_with_the_weight(format: str) -> None:
 @pytest.mark.parametrize(("format", "block"), FORMAT_BLOCKS)
 def test_sizes_are_what_the_parts_say(format: str, block: tuple[int, int] | None) -> None:
     weight, mask = random_weight((16, 3, 5, 5), 0.3, seed=5)
-    packed = pack(weight, mask, format, block)
+    packed = pack(suited(format, weight), mask, format, block)
     assert (packed.rows, packed.cols) == (16, 75)
     # What fills up a chunk is no stored value.
     chunked = format in ("tile8", "bitmask", "patch8")
-    stored = int(mask.sum()) if chunked else packed.values.numel()
+    whole = packed.columns if format == "sign" else packed.values
+    stored = int(mask.sum()) if chunked else whole.numel()
     assert packed.nnz == stored >= int(mask.sum())
     assert packed.density == packed.nnz / weight.numel()
     assert packed.nbytes == sum(part.numel() * part.element_size() for part in packed.parts())
@@ -215,7 +225,7 @@ def test_a_weight_is_immutable(format: str) -> None:
 @pytest.mark.parametrize("format", FORMATS)
 def test_copies_and_pickles_are_equal_and_apart(format: str) -> None:
     weight, mask = random_weight((6, 2, 3, 3), 0.4, seed=6)
-    packed = pack(weight, mask, format)
+    packed = pack(suited(format, weight), mask, format)
     for other in (copy.deepcopy(packed), pickle.loads(pickle.dumps(packed)), packed.to("cpu")):
         assert type(other) is type(packed)
         assert (other.shape, other.block) == (packed.shape, packed.block)

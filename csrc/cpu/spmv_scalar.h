@@ -30,7 +30,7 @@ void multiply_sections(const SpmvCall& call, Range sections) {
   const SellView& w = call.weight;
   for (int64_t i = sections.begin * w.num_blocks; i < sections.end * w.num_blocks; ++i) {
     const int64_t block = i % w.num_blocks;
-    const float* x = call.x + block * (w.block_cols + 1) * call.lanes;
+    const float* x = call.x + block * call.block_stride;
     for (int64_t place = w.block_slices[i] * w.slice_height;
          place < w.block_slices[i + 1] * w.slice_height; ++place) {
       const int64_t m = w.slice_rows[place];

@@ -24,8 +24,10 @@ const T* data_of(const Tensor& part, const char* name, ScalarType type, int64_t 
 
 const char* format_of(const Parts& parts) {
   STD_TORCH_CHECK(parts.size() == 3 || parts.size() == 5,
-                  "parts: expected 3 tensors (csr, bsr) or 5 (sell, bsell), got ", parts.size());
-  // Values of BSELL are (steps, height), of SELL (steps * height,).
+                  "parts: expected 3 tensors (csr, bsr) or 5 (sell, bsell, sign), got ",
+                  parts.size());
+  // Columns of sign are (steps, height). Values of BSELL are, of SELL (steps * height,).
+  if (parts.size() == 5 && parts[3].dim() == 2) return "sign";
   if (parts.size() == 5) return parts[4].dim() == 1 ? "sell" : "bsell";
   // values of CSR are (nnz,), of blocks (blocks, block_rows, block_cols) even where these are 1
   // x 1.
@@ -69,7 +71,9 @@ SellView as_sell_view(const Parts& parts, const int64_t* block, int64_t rows, in
   const bool shared_columns = parts[4].dim() == 2;  // a step has one column
   view.columns = data_of<uint16_t>(parts[3], "columns", ScalarType::Short,
                                    shared_columns ? stored / block[0] : stored);
-  view.values = data_of<float>(parts[4], "values", ScalarType::Float, stored);
+  const bool shared_magnitudes = parts[3].dim() == 2;  // a row has one
+  view.values =
+      data_of<float>(parts[4], "values", ScalarType::Float, shared_magnitudes ? rows : stored);
   STD_TORCH_CHECK(view.block_slices[num_sections * num_blocks] == num_slices,
                   "block_slices: expected to end at ", num_slices);
   return view;

@@ -48,7 +48,7 @@ Weight as_weight(const Parts& parts, const Ints& meta, const std::string& kernel
   for (size_t i = 3; i < meta.size(); ++i) weight.cols *= meta[i];
   const std::string_view format = format_of(parts);
   weight.kernel = &find_kernel(kernel, op, format, meta[0]);
-  if (format == "sell" || format == "bsell") {
+  if (format == "sell" || format == "bsell" || format == "sign") {
     weight.sell = as_sell_view(parts, meta.data(), weight.rows, weight.cols);
     if (weight.kernel->op == "code") {
       weight.code = code_for(parts, weight.sell);

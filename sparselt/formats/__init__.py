@@ -14,6 +14,7 @@ from sparselt.formats.bsr_nhwc import ChannelsLastBSR
 from sparselt.formats.csr import CSR
 from sparselt.formats.patch8 import Patch8
 from sparselt.formats.sell import SELL
+from sparselt.formats.sign import Sign
 from sparselt.formats.tile8 import Tile8
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "Bitmask",
     "ChannelsLastBSR",
     "Patch8",
+    "Sign",
     "SparseWeight",
     "Tile8",
     "pack",
@@ -35,6 +37,7 @@ FORMATS: dict[str, type[SparseWeight]] = {
     "bsr": BSR,
     "sell": SELL,
     "bsell": BSELL,
+    "sign": Sign,
     "tile8": Tile8,
     "bitmask": Bitmask,
     "patch8": Patch8,
@@ -59,11 +62,12 @@ def pack(
             convolution; float32, float16 or bfloat16, any strides.
         mask: the same shape, bool or 0/1 valued: what to keep. A kept 0.0 stays stored. None keeps
             every weight that is not 0.
-        format: a key of `FORMATS`. "sell" and "bsell" are for the CPU; "tile8", "bitmask" and
+        format: a key of `FORMATS`. "sell", "bsell" and "sign" are for the CPU, "sign" for weights
+            of one magnitude a row; "tile8", "bitmask" and
             "patch8" are for few columns on CUDA, "bsr_nhwc" for convolutions over channels-last
             maps there.
-        block: (rows, cols) of a block, for "sell" and "bsell" of a slice and a block of columns;
-            None means the format's own, which is (4, 1) for "bsr".
+        block: (rows, cols) of a block, for "sell", "bsell" and "sign" of a slice and a block of
+            columns; None means the format's own, which is (4, 1) for "bsr".
         groups: of the convolution that the weight is for. "sell" and "bsell" keep the rows of each
             group apart; other formats do not care.
 
@@ -72,7 +76,8 @@ def pack(
 
     Raises:
         FormatError: unknown format, a bad block or one for a format without, groups that do not
-            divide the rows, a mask that is not 0/1, too many stored values for int32.
+            divide the rows, a mask that is not 0/1, too many stored values for int32,
+            weights of several magnitudes for "sign".
         ShapeError: another rank, or a mask of another shape.
         DtypeError: weight or mask is not a tensor, or the weight's type is another.
         DeviceError: weight and mask are on different devices, or "sell" is asked for on CUDA.

@@ -16,7 +16,7 @@ from sparselt.formats.csr import CSR
 from sparselt.formats.sliced import Sliced
 from sparselt.formats.slices import MAX_BLOCK_COLS, Slices, arrange
 
-__all__ = ["SELL"]
+__all__ = ["SELL", "section_rows"]
 
 _DEFAULT_BLOCK = (4, 128)
 _SECTION_ROWS = 128  # rows that a section has at least: fewer make poorer slices
@@ -94,14 +94,18 @@ class SELL(Sliced):
         return self.columns.shape == self.values.shape == (steps * self.block[0],)
 
 
+def section_rows(height: int) -> int:
+    """The least rows of a section of slices of `height` rows."""
+    # Rows that are no multiple of the height leave the last slice of a section part empty.
+    return max(_SECTION_ROWS, _SECTION_SLICES * height if height > _LOW_SLICE else 0)
+
+
 def _arranged(
     crow: Tensor, col: Tensor, values: Tensor, cols: int, block: tuple[int, int], groups: int
 ) -> tuple[Tensor, ...]:
     """The parts for compressed rows."""
-    # Rows that are no multiple of the height leave the last slice of a section part empty.
-    height = block[0]
-    least = max(_SECTION_ROWS, _SECTION_SLICES * height if height > _LOW_SLICE else 0)
-    slices, places = arrange(crow, col, (crow.numel() - 1, cols), block, least, groups)
+    grid = (crow.numel() - 1, cols)
+    slices, places = arrange(crow, col, grid, block, section_rows(block[0]), groups)
     packed = torch.zeros(slices.columns.numel())
     packed[places] = values
     return slices.block_slices, slices.slice_steps, slices.slice_rows, slices.columns, packed

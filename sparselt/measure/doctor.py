@@ -56,7 +56,7 @@ def self_test(info: KernelInfo) -> str:
     for op, layer in _SELF_TESTS.items():
         if op not in info.operations:
             continue
-        case = problem(layer, 0.2, block=block)
+        case = problem(layer, 0.2, block=block, signs=info.format == "sign")
         try:
             with torch.inference_mode():
                 (item,) = contenders(case, only=(info.name,), kernels=(info,))

@@ -26,6 +26,7 @@ from torch.nn import functional
 
 from sparselt import ops
 from sparselt.errors import OptionError, SparseltError
+from sparselt.facts import is_of_one_magnitude
 from sparselt.formats import SparseWeight, pack
 from sparselt.layout import block_for
 from sparselt.measure.machine import cache_bytes, header
@@ -104,6 +105,7 @@ def problem(
     block: tuple[int, int] = (1, 1),
     seed: int = 0,
     mask: Tensor | None = None,
+    signs: bool = False,
 ) -> Problem:
     """Draw a layer's weight, mask and input, and compute what must come out.
 
@@ -114,6 +116,7 @@ def problem(
         block: the kept weights come in blocks of (rows, cols).
         seed: of everything random.
         mask: a pattern to use instead of a random one, of the weight's shape.
+        signs: the weights are 1 or -1.
 
     Example:
         >>> from sparselt.measure.suites import Layer
@@ -125,7 +128,8 @@ def problem(
     shape = (layer.rows, layer.cols, side, side) if side else (layer.rows, layer.cols)
     kept = random_mask(shape, density, block, seed) if mask is None else mask.reshape(shape)
     generator = torch.Generator().manual_seed(seed + 1)
-    weight = torch.randn(shape, generator=generator) * kept
+    weight = torch.randn(shape, generator=generator)
+    weight = (weight.sign() if signs else weight) * kept
     sizes = {
         "spmm": (layer.cols, layer.columns * batch),
         "linear": (batch, layer.cols),
@@ -201,6 +205,8 @@ def contenders(
         if info.format in ("bsr", "bsell") and case.block == (1, 1):
             continue
         if info.format == "bsell" and case.block[0] % 4:
+            continue
+        if info.format == "sign" and not is_of_one_magnitude(case.weight, case.mask):
             continue
         if not info.usable:
             found.append(Contender(info.name, False, lambda: None, 0, absent=info.reason))

@@ -1,0 +1,97 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// What the spmv kernels for slices of 8 rows share: a slice with one column, where a lane is a row,
+// and the type of 16 lanes that slice_rows_avx2.h asks for. With `kSigns` the weight is of the sign
+// format: a value is what its column finds, and the row's magnitude comes last. Include inside the
+// target region, after <immintrin.h>, cpu/target.h and kernels.h.
+#pragma once
+
+#include "cpu/slice_rows_avx2.h"
+
+namespace sparselt::cpu {
+namespace {
+
+constexpr int kSliceRows = 8;
+
+// The x of four stored values.
+inline __m128 load_four(const float* x, const uint16_t* columns) {
+  const uint64_t four = load_four_columns(columns);
+  __m128 found = _mm_load_ss(x + (four & 0xffff));
+  found = _mm_insert_ps(found, _mm_load_ss(x + (four >> 16 & 0xffff)), 0x10);
+  found = _mm_insert_ps(found, _mm_load_ss(x + (four >> 32 & 0xffff)), 0x20);
+  return _mm_insert_ps(found, _mm_load_ss(x + (four >> 48)), 0x30);
+}
+
+// The elements `rows` of an array, zeros where there is no row.
+inline __m256 load_rows(const int32_t* rows, const float* from) {
+  alignas(32) float found[kSliceRows];
+  for (int r = 0; r < kSliceRows; ++r) found[r] = rows[r] >= 0 ? from[rows[r]] : 0.0f;
+  return _mm256_load_ps(found);
+}
+
+template <bool kSigns>
+void multiply_column(const SpmvCall& call, const BlockPlace& block, int64_t slice) {
+  const SellView& w = call.weight;
+  const Epilogue& e = call.epilogue;
+  __m256 sum = _mm256_setzero_ps();
+  const int64_t end = w.slice_steps[slice + 1];
+  for (int64_t step = w.slice_steps[slice]; step < end;) {
+    __m256 chain = _mm256_setzero_ps();
+    for (const int64_t stop = chain_end(step, end); step < stop; ++step) {
+      const uint16_t* columns = w.columns + step * kSliceRows;
+      const __m128 low = load_four(block.x, columns);
+      const __m128 high = load_four(block.x, columns + 4);
+      const __m256 found = _mm256_set_m128(high, low);
+      if constexpr (kSigns) {
+        prefetch(columns);
+        chain = _mm256_add_ps(found, chain);
+      } else {
+        const float* values = w.values + step * kSliceRows;
+        prefetch(values, columns);
+        chain = _mm256_fmadd_ps(_mm256_loadu_ps(values), found, chain);
+      }
+    }
+    sum = _mm256_add_ps(sum, chain);
+  }
+  const int32_t* rows = w.slice_rows + slice * kSliceRows;
+  if constexpr (kSigns) sum = _mm256_mul_ps(sum, load_rows(rows, w.values));
+  const float* before = block.is_first ? e.bias : call.y;
+  if (before) sum = _mm256_add_ps(sum, load_rows(rows, before));
+  if (block.is_last && e.residual) sum = _mm256_add_ps(sum, load_rows(rows, e.residual));
+  if (block.is_last) sum = clamp(sum, _mm256_set1_ps(e.lower), _mm256_set1_ps(e.upper));
+  alignas(32) float sums[kSliceRows];
+  _mm256_store_ps(sums, sum);
+  for (int r = 0; r < kSliceRows && rows[r] >= 0; ++r) call.y[rows[r]] = sums[r];
+}
+
+// 16 lanes.
+struct Pair {
+  __m256 low, high;
+};
+inline Pair load_lanes(const float* x, Pair) { return {_mm256_load_ps(x), _mm256_load_ps(x + 8)}; }
+inline Pair broadcast(float value, Pair) {
+  const __m256 all = _mm256_set1_ps(value);
+  return {all, all};
+}
+inline Pair multiply_add(Pair a, Pair b, Pair c) {
+  return {_mm256_fmadd_ps(a.low, b.low, c.low), _mm256_fmadd_ps(a.high, b.high, c.high)};
+}
+inline Pair add(Pair a, Pair b) { return {add(a.low, b.low), add(a.high, b.high)}; }
+inline Pair clamp(Pair sum, Pair lower, Pair upper) {
+  return {clamp(sum.low, lower.low, upper.low), clamp(sum.high, lower.high, upper.high)};
+}
+inline void store_lanes(float* y, Pair value) {
+  _mm256_store_ps(y, value.low);
+  _mm256_store_ps(y + 8, value.high);
+}
+
+template <bool kSigns>
+void multiply_slices(const SpmvCall& call, Range sections) {
+  // Four rows' sums of 16 columns take half of the 16 registers; a slice is read twice, from the
+  // cache.
+  multiply_sections<kSigns, kSliceRows, multiply_column<kSigns>,
+                    multiply_columns<kSigns, kSliceRows, 4, Pair>>(call, sections);
+}
+
+}  // namespace
+}  // namespace sparselt::cpu
