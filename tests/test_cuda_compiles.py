@@ -8,6 +8,8 @@ that tells that no operator allocates, waits or makes a stream by itself.
 
 from __future__ import annotations
 
+import functools
+import json
 import re
 import shutil
 import subprocess
@@ -15,6 +17,8 @@ import sysconfig
 from pathlib import Path
 
 import pytest
+import torch
+from cuda_host import built
 from torch.utils import cpp_extension
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -39,39 +43,54 @@ DEVICE_WORK = re.compile("stream|event|synchroni[sz]e|alloc")
 CURRENT_STREAM = "aoti_torch_get_current_cuda_stream"
 
 
-def asks_for_nothing_else(unit: Path) -> None:
-    """Fails where a unit is to be linked with what allocates, waits or makes a stream."""
-    listed = subprocess.run(["nm", "-u", unit], capture_output=True, text=True, check=True).stdout
-    names = {line.split()[-1].split("@")[0] for line in listed.splitlines()}
-    assert {name for name in names if re.match("cu(da)?[A-Z]", name)} <= RUNTIME
-    torch = {name for name in names if name.startswith(("torch_", "aoti_"))}
-    assert {name for name in torch if DEVICE_WORK.search(name)} <= {CURRENT_STREAM}
+@functools.cache
+def compiler() -> str:
+    """What nvcc calls itself."""
+    return subprocess.run(["nvcc", "--version"], capture_output=True, text=True).stdout
 
 
-def compile_unit(source: Path, folder: Path, *flags: str) -> str:
-    """Compiles one unit and returns what the compiler said; every warning is an error."""
+def compile_unit(source: Path, *flags: str) -> str:
+    """Compiles one unit and returns what the compiler said; every warning is an error.
+
+    What it said of the same sources, flags and compiler is kept, as the stand-in's program is.
+    """
     command = ["nvcc", "-c", "-O3", "-std=c++20", "-DUSE_CUDA", f"-I{ROOT / 'csrc'}"]
     command += ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-DTORCH_EXTENSION_NAME=_C_cuda"]
     command += ["-Xcompiler", "-Wall,-Werror,-fvisibility=hidden", *flags]
     for include in [*cpp_extension.include_paths(), sysconfig.get_path("include")]:
         command += ["-isystem", include]
-    done = subprocess.run(
-        [*command, str(source), "-o", str(folder / "unit.o")],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    asks_for_nothing_else(folder / "unit.o")
-    return done.stderr
+
+    def make(to: Path) -> None:
+        unit = to.with_suffix(".o")
+        done = subprocess.run(
+            [*command, str(source), "-o", str(unit)], capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        missing = subprocess.run(["nm", "-u", unit], capture_output=True, text=True, check=True)
+        to.write_text(json.dumps([done.stderr, missing.stdout]))
+
+    headers = [*(ROOT / "csrc" / "cuda").glob("*.*h"), ROOT / "csrc" / "kernels.inc"]
+    key = [*command, compiler(), torch.__version__]
+    kept = built(f"nvcc-{source.stem}", key, [source, *headers], make)
+    report, missing = json.loads(kept.read_text())
+    asks_for_nothing_else(missing)
+    return str(report)
+
+
+def asks_for_nothing_else(missing: str) -> None:
+    """Fails where a unit is to be linked with what allocates, waits or makes a stream."""
+    names = {line.split()[-1].split("@")[0] for line in missing.splitlines()}
+    assert {name for name in names if re.match("cu(da)?[A-Z]", name)} <= RUNTIME
+    shims = {name for name in names if name.startswith(("torch_", "aoti_"))}
+    assert {name for name in shims if DEVICE_WORK.search(name)} <= {CURRENT_STREAM}
 
 
 @pytest.mark.parametrize("source", KERNELS, ids=lambda path: path.stem)
-def test_kernels_compile_without_warning_or_spill(source: Path, tmp_path: Path) -> None:
+def test_kernels_compile_without_warning_or_spill(source: Path) -> None:
     flags = ["-Werror", "all-warnings", "-Xptxas", "-v"]
     for architecture in ARCHITECTURES:
         flags += ["-gencode", f"arch=compute_{architecture},code=sm_{architecture}"]
-    report = compile_unit(source, tmp_path, *flags)
+    report = compile_unit(source, *flags)
     compiled = re.findall(r"Compiling entry function '(\w+)'", report)
     spilled = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report)
     assert compiled, "no kernel was compiled"
@@ -80,5 +99,5 @@ def test_kernels_compile_without_warning_or_spill(source: Path, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("source", HOST_UNITS, ids=lambda path: path.stem)
-def test_host_units_compile_without_warning(source: Path, tmp_path: Path) -> None:
-    compile_unit(source, tmp_path, "-Xcompiler", "-Wextra")
+def test_host_units_compile_without_warning(source: Path) -> None:
+    compile_unit(source, "-Xcompiler", "-Wextra")
