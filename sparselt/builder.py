@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from sparselt.extension import NativeProgram
 
@@ -64,6 +64,7 @@ class Builder:
 
     Attributes:
         names: what each step of the program belongs to, in order.
+        kept: tensors that the program points into.
     """
 
     def __init__(self, program: NativeProgram) -> None:
@@ -71,6 +72,7 @@ class Builder:
         self.values: dict[fx.Node, Shaped] = {}
         self.numbers: dict[fx.Node, int] = {}
         self.names: list[fx.Node] = []
+        self.kept: list[Tensor] = []
         self._own: set[int] = set()
 
     def add_input(self, node: fx.Node, value: Shape | int) -> None:
@@ -107,6 +109,12 @@ class Builder:
         if not by_torch:
             self._own.add(number)
         return Shaped(number, tuple(shape))
+
+    def constant(self, tensor: Tensor) -> Shaped:
+        """A value that is known now, and contiguous."""
+        self.kept.append(tensor)
+        number = self.program.add_constant(tensor.data_ptr(), tensor.numel())
+        return Shaped(number, tuple(tensor.shape))
 
     def tensor(self, node: Any) -> Shaped:
         """The value of a node."""

@@ -14,6 +14,7 @@ import torch
 from torch import fx, nn
 
 from sparselt.builder import LAYER, Builder, DenseStep, NotNativeError, Shape, Shaped, operation
+from sparselt.emit_views import VIEWS
 from sparselt.extension import conv_shape
 from sparselt.few_channels import few_channels_in_panels
 from sparselt.fuse import argument, clamp_bounds
@@ -163,12 +164,59 @@ def _binary(name: str) -> Callable[[Builder, fx.Node], Shaped]:
     def emit(build: Builder, node: fx.Node) -> Shaped:
         if len(node.args) != 2 or node.kwargs.get("alpha", 1) != 1:
             raise NotNativeError("a sum with a factor")
-        x, other = build.tensor(node.args[0]), build.tensor(node.args[1])
-        if x.shape != other.shape:
-            raise NotNativeError("operands of different shapes")
-        return _append(build, name, x, other)
+        x, other = (_operand(build, arg) for arg in node.args)
+        return _joined(build, name, *((x, other) if x.floats >= other.floats else (other, x)))
 
     return emit
+
+
+def _operand(build: Builder, arg: Any) -> Shaped:
+    if isinstance(arg, (int, float)) and not isinstance(arg, bool):
+        return build.constant(torch.tensor(float(arg), dtype=torch.float32))
+    return build.tensor(arg)
+
+
+def _joined(build: Builder, name: str, x: Shaped, other: Shaped) -> Shaped:
+    """A sum or product; the other operand may be repeated along first and last dimensions."""
+    if x.shape == other.shape:
+        return _append(build, name, x, other)
+    rank = len(x.shape)
+    sizes = [*[1] * (rank - len(other.shape)), *other.shape]
+    if len(sizes) != rank or any(n not in (1, x.shape[i]) for i, n in enumerate(sizes)):
+        raise NotNativeError("operands of shapes that give a third one")
+    own = [i for i in range(rank) if x.shape[i] > 1 and sizes[i] > 1] or [rank - 1]
+    first, last = own[0], own[-1] + (other.floats > 1)
+    if math.prod(x.shape[first:last]) != other.floats:
+        raise NotNativeError("a value repeated in between")
+    y = build.new(x.shape)
+    parts = (math.prod(x.shape[:first]), other.floats, math.prod(x.shape[last:]))
+    build.program.add_broadcast(name, x.number, other.number, y.number, *parts)
+    return y
+
+
+def _softmax(build: Builder, node: fx.Node) -> Shaped:
+    x = build.tensor(argument(node, 0, "input"))
+    dim = build.whole(argument(node, 1, "dim")) % len(x.shape)
+    kind = node.kwargs.get("dtype", node.args[2] if len(node.args) == 3 else None)
+    if dim != len(x.shape) - 1 or kind is not None:
+        raise NotNativeError("a softmax over another dimension than the last, or of another type")
+    y = build.new(x.shape)
+    build.program.add_softmax(x.number, y.number, x.floats // x.shape[-1], x.shape[-1])
+    return y
+
+
+def _layer_norm(build: Builder, node: fx.Node) -> Shaped:
+    x = build.tensor(argument(node, 0, "input"))
+    sizes = [build.whole(n) for n in argument(node, 1, "normalized_shape")]
+    weight, bias = argument(node, 2, "weight"), argument(node, 3, "bias")
+    factors = None if weight is None else build.tensor(weight)
+    floats, epsilon = math.prod(sizes), float(argument(node, 4, "eps", 1e-5))
+    if factors is not None and factors.floats != floats:
+        raise NotNativeError("a weight of another size")
+    y = build.new(x.shape)
+    factor = -1 if factors is None else factors.number
+    build.program.add_standardize(x.number, factor, y.number, x.floats // floats, floats, epsilon)
+    return y if bias is None else _joined(build, "add", y, build.tensor(bias))
 
 
 def _window(build: Builder, node: fx.Node, x: Shaped) -> tuple[list[int], list[int]]:
@@ -239,26 +287,6 @@ def _mean_of_last(build: Builder, x: Shaped, dims: int, shape: Shape) -> Shaped:
     return y
 
 
-def _flatten(build: Builder, node: fx.Node) -> Shaped:
-    x = build.tensor(argument(node, 0, "input"))
-    rank = len(x.shape)
-    first = build.whole(argument(node, 1, "start_dim", 0)) % rank
-    last = build.whole(argument(node, 2, "end_dim", -1)) % rank
-    middle = math.prod(x.shape[first : last + 1])
-    return Shaped(x.number, (*x.shape[:first], middle, *x.shape[last + 1 :]))
-
-
-def _view(build: Builder, node: fx.Node) -> Shaped:
-    x = build.tensor(node.args[0])
-    sizes = node.args[1:] if len(node.args) > 2 else node.args[1]
-    shape = [build.whole(n) for n in (sizes if isinstance(sizes, (list, tuple)) else [sizes])]
-    if shape.count(-1) == 1:
-        shape[shape.index(-1)] = x.floats // max(1, -math.prod(shape))
-    if min(shape, default=1) < 1 or math.prod(shape) != x.floats:
-        raise NotNativeError("a view of another size")
-    return Shaped(x.number, tuple(shape))
-
-
 def _same(build: Builder, node: fx.Node) -> Shaped:
     return build.tensor(node.args[0])
 
@@ -296,17 +324,17 @@ _EMITTERS: Mapping[str, Callable[[Builder, fx.Node], Shaped]] = {
     "concat": _concatenate,
     "contiguous": _same,
     "detach": _same,
-    "flatten": _flatten,
     "gelu": _unary("gelu"),
     "hardswish": _unary("hardswish"),
     "hardswish_": _unary("hardswish"),
     "iadd": _binary("add"),
+    "layer_norm": _layer_norm,
     "max_pool2d": _max_pool,
     "mean": _mean,
     "mul": _binary("mul"),
-    "reshape": _view,
     "sigmoid": _unary("sigmoid"),
     "silu": _unary("silu"),
     "silu_": _unary("silu"),
-    "view": _view,
+    "softmax": _softmax,
+    **VIEWS,
 }

@@ -18,10 +18,11 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from sparselt.builder import LAYER, Builder, DenseStep, NotNativeError, operation
 from sparselt.emit import emit
+from sparselt.emit_views import VIEWS
 from sparselt.extension import ArenaPool, NativeProgram
 from sparselt.fuse import is_mutating
 
@@ -42,7 +43,7 @@ _CLEAR_GAIN = 1.3
 # The first address of a tensor, and how many floats its samples lie apart.
 _Stretches = list[tuple[int, int]]
 # Steps that return their operand's memory: what is written to them is written to it.
-_VIEWS = {"alias", "contiguous", "detach", "flatten", "reshape", "view"}
+_VIEWS = {"alias", "contiguous", "detach", *VIEWS}
 # Steps that change nothing, whatever their flags look like.
 _PURE = _VIEWS | {"adaptive_avg_pool2d", "avg_pool2d", "cat", "max_pool2d", "mean"}
 
@@ -118,6 +119,7 @@ class SegmentProgram:
         if build.has_empty():
             raise NotNativeError("an empty tensor")
         self.native.finish()
+        self.kept = build.kept
         self.steps = [(node, build.values[node].floats) for node in build.names]
         self.apart: bool | None = None
         if self.native.has_parts and torch.get_num_threads() > 1:
@@ -196,7 +198,7 @@ def _is_plain(value: Any) -> bool:
     if isinstance(value, int):
         return True
     return (
-        type(value) is Tensor
+        type(value) in (Tensor, nn.Parameter)
         and value.dtype is torch.float32
         and value.is_cpu
         and value.layout is torch.strided

@@ -87,6 +87,26 @@ void add_affine(Program& program, int64_t x, int64_t y, int64_t batch, int64_t c
       {x, -1, y});
 }
 
+void add_broadcast(Program& program, const std::string& name, int64_t x, int64_t z, int64_t y,
+                   int64_t outer, int64_t period, int64_t inner) {
+  program.add_task(make_broadcast_task(program.team(), element_of(name), outer, period, inner),
+                   {x, z, y});
+}
+
+void add_gather(Program& program, int64_t x, int64_t y, const std::vector<int64_t>& sizes,
+                const std::vector<int64_t>& strides) {
+  program.add_task(make_gather_task(program.team(), sizes, strides), {x, -1, y});
+}
+
+void add_softmax(Program& program, int64_t x, int64_t y, int64_t rows, int64_t floats) {
+  program.add_task(make_softmax_task(program.team(), rows, floats), {x, -1, y});
+}
+
+void add_standardize(Program& program, int64_t x, int64_t z, int64_t y, int64_t rows,
+                     int64_t floats, float epsilon) {
+  program.add_task(make_standardize_task(program.team(), rows, floats, epsilon), {x, z, y});
+}
+
 // The sizes, kernel, stride and padding of both axes.
 using Window = std::vector<int64_t>;
 
@@ -144,6 +164,10 @@ void bind_program(pybind11::module_& module) {
       .def("add_elements", &add_elements)
       .def("add_copy", &add_copy)
       .def("add_affine", &add_affine)
+      .def("add_broadcast", &add_broadcast)
+      .def("add_gather", &add_gather)
+      .def("add_softmax", &add_softmax)
+      .def("add_standardize", &add_standardize)
       .def("add_max_pool", &add_max_pool)
       .def("add_mean_pool", &add_mean_pool)
       .def("add_mean", &add_mean)

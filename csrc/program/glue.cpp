@@ -1,73 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "program/glue.h"
 
-#include <algorithm>
-#include <bit>
-#include <cmath>
 #include <cstring>
+#include <limits>
+#include <optional>
+#include <utility>
 
 #include "ops/partition.h"
 
 namespace sparselt {
 namespace {
-
-// Written so that a NaN stays a NaN.
-inline float clamp(float value, float lower, float upper) {
-  value = value < lower ? lower : value;
-  return value > upper ? upper : value;
-}
-
-// exp(x) to about 1e-7 of itself, without branches or calls (after Cephes' expf: 2^n times a
-// polynomial of what is left of x / ln 2 after rounding). A NaN stays a NaN.
-inline float exponential(float x) {
-  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to a whole number
-  x = x < -87.0f ? -87.0f : x;
-  x = x > 88.0f ? 88.0f : x;
-  const float n = (x * 1.44269504f + kRound) - kRound;
-  const float r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
-  float p = 1.9875691500e-4f;
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * (r * r) + r + 1.0f;
-  // A NaN has no whole number; its product with any power of two is a NaN.
-  const float whole = n == n ? n : 0.0f;
-  return p * std::bit_cast<float>((static_cast<int32_t>(whole) + 127) << 23);
-}
-
-inline float sigmoid(float x) { return 1.0f / (1.0f + exponential(-x)); }
-
-// x / 2 * (1 + erf(x / sqrt(2))), erf to 1.5e-7 after Abramowitz and Stegun, 7.1.26.
-inline float gelu(float x) {
-  const float a = std::fabs(x) * 0.70710678f;
-  const float t = 1.0f / (1.0f + 0.3275911f * a);
-  float p = 1.061405429f;
-  p = p * t - 1.453152027f;
-  p = p * t + 1.421413741f;
-  p = p * t - 0.284496736f;
-  p = p * t + 0.254829592f;
-  const float tail = p * t * exponential(-a * a);  // 1 - erf(a)
-  return 0.5f * x * (x < 0.0f ? tail : 2.0f - tail);
-}
-
-inline float hardswish(float x) { return x * clamp(x + 3.0f, 0.0f, 6.0f) / 6.0f; }
-
-template <class F>
-void transform(Range range, const Operands& o, float lower, float upper, const F& f) {
-  const float* x = o.x;
-  float* y = o.y;
-  for (int64_t i = range.begin; i < range.end; ++i) y[i] = clamp(f(x[i]), lower, upper);
-}
-
-template <class F>
-void combine(Range range, const Operands& o, float lower, float upper, const F& f) {
-  const float* x = o.x;
-  const float* z = o.residual;
-  float* y = o.y;
-  for (int64_t i = range.begin; i < range.end; ++i) y[i] = clamp(f(x[i], z[i]), lower, upper);
-}
 
 class ElementTask final : public Task {
  public:
@@ -84,22 +26,9 @@ class ElementTask final : public Task {
 
   void run(int64_t, int64_t part, const Operands& o) const override {
     const Range range = even_columns(floats_, part, parts_);
-    switch (element_) {
-      case Element::kIdentity:
-        return transform(range, o, lower_, upper_, [](float x) { return x; });
-      case Element::kAdd:
-        return combine(range, o, lower_, upper_, [](float x, float z) { return x + z; });
-      case Element::kMultiply:
-        return combine(range, o, lower_, upper_, [](float x, float z) { return x * z; });
-      case Element::kSigmoid:
-        return transform(range, o, lower_, upper_, sigmoid);
-      case Element::kSilu:
-        return transform(range, o, lower_, upper_, [](float x) { return x * sigmoid(x); });
-      case Element::kGelu:
-        return transform(range, o, lower_, upper_, gelu);
-      case Element::kHardswish:
-        return transform(range, o, lower_, upper_, hardswish);
-    }
+    const float* z = o.residual == nullptr ? nullptr : o.residual + range.begin;
+    loops().elements(element_, range.end - range.begin, o.x + range.begin, z, o.y + range.begin,
+                     lower_, upper_);
   }
 
  private:
@@ -158,8 +87,8 @@ class AffineTask final : public Task {
     for (int64_t plane = planes.begin; plane < planes.end; ++plane) {
       const float scale = scale_[plane % channels_];
       const float shift = shift_[plane % channels_];
-      transform({plane * area_, (plane + 1) * area_}, o, lower_, upper_,
-                [=](float x) { return x * scale + shift; });
+      const int64_t begin = plane * area_;
+      loops().affine(area_, o.x + begin, scale, shift, o.y + begin, lower_, upper_);
     }
   }
 
@@ -171,6 +100,116 @@ class AffineTask final : public Task {
   const float* shift_;
   const float lower_;
   const float upper_;
+  const int64_t parts_;
+};
+
+class BroadcastTask final : public Task {
+ public:
+  BroadcastTask(const Team& team, Element element, int64_t outer, int64_t period, int64_t inner)
+      : element_(element),
+        rows_(inner == 1 ? outer : outer * period),
+        floats_(inner == 1 ? period : inner),
+        period_(period),
+        by_row_(inner > 1),
+        parts_(copying_parts(team, rows_, floats_)) {}
+
+  int64_t parts(int64_t) const override { return parts_; }
+  bool may_overwrite_x() const override { return true; }
+
+  void run(int64_t, int64_t part, const Operands& o) const override {
+    constexpr float kInfinity = std::numeric_limits<float>::infinity();
+    const Range rows = even_range(rows_, part, parts_);
+    for (int64_t row = rows.begin; row < rows.end; ++row) {
+      const float* x = o.x + row * floats_;
+      float* y = o.y + row * floats_;
+      if (!by_row_) {
+        loops().elements(element_, floats_, x, o.residual, y, -kInfinity, kInfinity);
+        continue;
+      }
+      const float z = o.residual[row % period_];
+      const bool adds = element_ == Element::kAdd;
+      loops().affine(floats_, x, adds ? 1.0f : z, adds ? z : 0.0f, y, -kInfinity, kInfinity);
+    }
+  }
+
+ private:
+  const Element element_;
+  const int64_t rows_;
+  const int64_t floats_;
+  const int64_t period_;
+  const bool by_row_;
+  const int64_t parts_;
+};
+
+class GatherTask final : public Task {
+ public:
+  GatherTask(const Team& team, std::vector<int64_t> sizes, std::vector<int64_t> strides)
+      : sizes_(std::move(sizes)), strides_(std::move(strides)) {
+    floats_ = sizes_.back();
+    for (size_t i = 0; i + 1 < sizes_.size(); ++i) rows_ *= sizes_[i];
+    parts_ = copying_parts(team, rows_, floats_);
+  }
+
+  int64_t parts(int64_t) const override { return parts_; }
+
+  void run(int64_t, int64_t part, const Operands& o) const override {
+    const Range rows = even_range(rows_, part, parts_);
+    for (int64_t row = rows.begin; row < rows.end; ++row) {
+      const float* x = o.x + begin_of(row);
+      float* y = o.y + row * floats_;
+      const int64_t stride = strides_.back();
+      if (stride == 1) {
+        std::memcpy(y, x, sizeof(float) * static_cast<size_t>(floats_));
+      } else {
+        for (int64_t i = 0; i < floats_; ++i) y[i] = x[i * stride];
+      }
+    }
+  }
+
+ private:
+  // Where a row of y begins in x.
+  int64_t begin_of(int64_t row) const {
+    int64_t begin = 0;
+    for (size_t i = sizes_.size() - 1; i-- > 0; row /= sizes_[i]) {
+      begin += row % sizes_[i] * strides_[i];
+    }
+    return begin;
+  }
+
+  const std::vector<int64_t> sizes_;
+  const std::vector<int64_t> strides_;
+  int64_t rows_ = 1;
+  int64_t floats_;
+  int64_t parts_;
+};
+
+// Softmax, or standardization by `epsilon` where there is one.
+class RowTask final : public Task {
+ public:
+  RowTask(const Team& team, int64_t rows, int64_t floats, std::optional<float> epsilon)
+      : rows_(rows),
+        floats_(floats),
+        epsilon_(epsilon),
+        parts_(copying_parts(team, rows, floats)) {}
+
+  int64_t parts(int64_t) const override { return parts_; }
+  bool may_overwrite_x() const override { return true; }
+
+  void run(int64_t, int64_t part, const Operands& o) const override {
+    const Range rows = even_range(rows_, part, parts_);
+    for (int64_t begin = rows.begin * floats_; begin < rows.end * floats_; begin += floats_) {
+      if (epsilon_) {
+        loops().standardize(floats_, o.x + begin, o.residual, *epsilon_, o.y + begin);
+      } else {
+        loops().softmax(floats_, o.x + begin, o.y + begin);
+      }
+    }
+  }
+
+ private:
+  const int64_t rows_;
+  const int64_t floats_;
+  const std::optional<float> epsilon_;
   const int64_t parts_;
 };
 
@@ -189,6 +228,24 @@ TaskPointer make_copy_task(const Team& team, int64_t rows, int64_t floats, int64
 TaskPointer make_affine_task(const Team& team, int64_t batch, int64_t channels, int64_t area,
                              const float* scale, const float* shift, float lower, float upper) {
   return std::make_unique<AffineTask>(team, batch, channels, area, scale, shift, lower, upper);
+}
+
+TaskPointer make_broadcast_task(const Team& team, Element element, int64_t outer, int64_t period,
+                                int64_t inner) {
+  return std::make_unique<BroadcastTask>(team, element, outer, period, inner);
+}
+
+TaskPointer make_gather_task(const Team& team, std::vector<int64_t> sizes,
+                             std::vector<int64_t> strides) {
+  return std::make_unique<GatherTask>(team, std::move(sizes), std::move(strides));
+}
+
+TaskPointer make_softmax_task(const Team& team, int64_t rows, int64_t floats) {
+  return std::make_unique<RowTask>(team, rows, floats, std::nullopt);
+}
+
+TaskPointer make_standardize_task(const Team& team, int64_t rows, int64_t floats, float epsilon) {
+  return std::make_unique<RowTask>(team, rows, floats, epsilon);
 }
 
 }  // namespace sparselt

@@ -4,13 +4,15 @@
 // contiguous rows, which compilers turn into vectors; each is bound by memory.
 #pragma once
 
+#include <vector>
+
 #include "ops/conv_geometry.h"
 #include "ops/task.h"
+#include "program/loops.h"
 
 namespace sparselt {
 
 // y[i] = clamp(f(x[i]), lower, upper); of those with two operands, f(x[i], residual[i]).
-enum class Element { kIdentity, kAdd, kMultiply, kSigmoid, kSilu, kGelu, kHardswish };
 TaskPointer make_element_task(const Team& team, Element element, int64_t floats, float lower,
                               float upper);
 
@@ -33,5 +35,20 @@ TaskPointer make_mean_pool_task(const Team& team, int64_t planes, const Axis& h,
 
 // y (rows) = the means of x (rows, floats).
 TaskPointer make_mean_task(const Team& team, int64_t rows, int64_t floats);
+
+// y (outer, period, inner) = x + z or x * z for z (period), which is given as the residual.
+TaskPointer make_broadcast_task(const Team& team, Element element, int64_t outer, int64_t period,
+                                int64_t inner);
+
+// y, contiguous and of these sizes, = the elements of x at the sums of index times stride.
+TaskPointer make_gather_task(const Team& team, std::vector<int64_t> sizes,
+                             std::vector<int64_t> strides);
+
+// y (rows, floats) = exp(x) over its sum in each row.
+TaskPointer make_softmax_task(const Team& team, int64_t rows, int64_t floats);
+
+// y (rows, floats) = (x - mean) / sqrt(variance + epsilon) of each row, times z (floats) where one
+// is given as the residual.
+TaskPointer make_standardize_task(const Team& team, int64_t rows, int64_t floats, float epsilon);
 
 }  // namespace sparselt
