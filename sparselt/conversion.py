@@ -24,6 +24,7 @@ from sparselt.nn import SPARSE_LAYERS, SparseLayer
 from sparselt.packed import accept_packed_keys
 from sparselt.plan import FORMAT_CHOICES, SEMI_STRUCTURED, Plan
 from sparselt.semi_structured import SemiStructuredLinear
+from sparselt.shapes import drawn
 from sparselt.tune import Tuner
 
 __all__ = ["PLAN_ATTRIBUTE", "Prepared", "as_call", "convert", "densify", "prepare"]
@@ -261,7 +262,7 @@ def _plan(
         note = "no example inputs" if called is None else "the example inputs do not reach it"
         if isinstance(layer, nn.Linear):
             weight = layer.weight
-            inputs = [torch.randn(1, layer.in_features).to(weight.device, weight.dtype)]
+            inputs = [drawn((1, layer.in_features)).to(weight.device, weight.dtype)]
             note += ": timed at batch 1"
     plan = tuner.plan(layer, prepared.masks.get(layer), inputs, obstacle)
     if note and (plan.dense_us is not None or "not measured" in plan.reason):

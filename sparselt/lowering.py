@@ -27,7 +27,7 @@ from sparselt.nn import SPARSE_LAYERS, SparseConv2d, SparseLayer, SparseLinear
 from sparselt.plan import SEMI_STRUCTURED, Plan
 from sparselt.pooling import max_pool_step
 from sparselt.semi_structured import SemiStructuredLinear
-from sparselt.shapes import copied, propagate
+from sparselt.shapes import copied, drawn, propagate
 from sparselt.tune import Tuner
 
 __all__ = ["Lowered", "lower"]
@@ -373,7 +373,7 @@ def _bind_dense(dense: DenseStep) -> Callable[..., Tensor]:
 
 def _look_alike(value: Tensor) -> Tensor:
     """A random tensor of the shape, layout and device of a fake one."""
-    x = torch.randn(value.shape, dtype=torch.float32, device=value.device).to(value.dtype)
+    x = drawn(value.shape).to(value.device, value.dtype)
     last = torch.channels_last
     channels_last = value.dim() == 4 and value.is_contiguous(memory_format=last)
     return x.contiguous(memory_format=last) if channels_last and not value.is_contiguous() else x

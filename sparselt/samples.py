@@ -17,6 +17,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from sparselt.native import SEGMENT, Segment
+from sparselt.shapes import drawn
 
 __all__ = ["EachSample", "agree", "first_samples", "may_run_each"]
 
@@ -155,8 +156,8 @@ def agree(
         leaves: of the shapes to run.
     """
     # Not the caller's values: samples that are alike would hide that the network mixes them.
-    drawn = [torch.randn(x.shape) if isinstance(x, Tensor) else x for x in leaves]
-    results = (pytree.tree_leaves(call(drawn)) for call in (each, whole))
+    values = [drawn(x.shape, i) if isinstance(x, Tensor) else x for i, x in enumerate(leaves)]
+    results = (pytree.tree_leaves(call(values)) for call in (each, whole))
     for a, b in zip(*results, strict=True):
         if not isinstance(b, Tensor) or not b.is_floating_point() or a.shape != b.shape:
             return False

@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
-__all__ = ["copied", "propagate"]
+__all__ = ["copied", "drawn", "propagate"]
 
 
 def copied(module: fx.GraphModule) -> fx.GraphModule:
@@ -36,3 +36,8 @@ def propagate(module: fx.GraphModule, inputs: Sequence[Any]) -> None:
         ]
     with torch.no_grad():
         FakeTensorProp(module, mode).propagate_dont_convert_inputs(*fakes)
+
+
+def drawn(shape: Sequence[int], seed: int = 0) -> Tensor:
+    """A normal float32 tensor to try a layer with, which leaves the user's generator alone."""
+    return torch.randn(tuple(shape), generator=torch.Generator().manual_seed(seed))

@@ -115,3 +115,13 @@ def test_the_choice_between_samples_and_batch_is_saved(tmp_path, monkeypatch):
     loaded = sparselt.load_program(tmp_path / "p.safetensors")
     assert [planned.each for planned in loaded._families[0].planned.values()] == [True]
     assert torch.equal(loaded(x), program(x))
+
+
+def test_nothing_drawn_to_choose_by_moves_the_users_generator(monkeypatch):
+    choose_samples(monkeypatch, "one by one")
+    model, x = make("residual"), input_for("residual", 6)
+    state = torch.get_rng_state()
+    program = sparselt.compile(model, x)
+    program(x[:3])
+    sparselt.convert(model)
+    assert torch.equal(torch.get_rng_state(), state)

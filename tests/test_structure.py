@@ -99,7 +99,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "candidate_calls": LAYER | {"neighbours"},
     "tune": LAYER
     | {"candidate_calls", "cpu_timer", "cuda_timer", "extension", "neighbours", "tune_cache"},
-    "conversion": LAYER | {"tune"},
+    "conversion": LAYER | {"shapes", "tune"},
     "explanation": LAYER | {"conversion"},
     "fuse": set(),
     "layers": {"fuse"},
@@ -109,7 +109,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "emit": LAYER | {"builder", "emit_views", "extension", "few_channels", "fuse", "neighbours"},
     "emit_views": {"builder", "fuse"},
     "native": {"builder", "emit", "emit_views", "extension", "fuse"},
-    "samples": {"native"},
+    "samples": {"native", "shapes"},
     "shapes": set(),
     "lowering": LAYER
     | {"tune", "conversion", "explanation", "builder", "fuse", "layers", "pooling", "shapes"},
