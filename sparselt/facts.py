@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sparselt import ops
 from sparselt.cuda_rules import FEW_COLUMNS_FORMATS, SEMI_STRUCTURED, preference
-from sparselt.errors import KernelError, OptionError, explain_mismatch
+from sparselt.errors import KernelError, OptionError, ShapeError, explain_mismatch
 from sparselt.formats.sign import row_magnitudes
 from sparselt.packed import zero_block
 from sparselt.plan import DENSE, Candidate, Facts, KernelInfo, Plan, candidates
@@ -49,9 +49,12 @@ def facts_of(module: nn.Module, kept: Tensor, columns: int | None = None) -> Fac
 
     Raises:
         OptionError: another kind of module.
+        ShapeError: the mask is not of the weight's shape.
     """
     weight = module.weight
     assert isinstance(weight, Tensor)
+    if kept.shape != weight.shape:
+        raise ShapeError(explain_mismatch("mask", tuple(weight.shape), tuple(kept.shape)))
     for kind, op in LAYER_OPS.items():
         if isinstance(module, kind):
             return Facts(
