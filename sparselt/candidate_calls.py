@@ -4,16 +4,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
 
 import torch
 from torch import Tensor, nn
 
+from sparselt.cpu_timer import measure
 from sparselt.neighbours import depthwise_conv2d, is_depthwise
-from sparselt.nn import SPARSE_LAYERS, SparseLayer
+from sparselt.nn import SPARSE_LAYERS, SparseLayer, SparseLinear
 from sparselt.plan import DENSE, SEMI_STRUCTURED, Candidate, Plan
 from sparselt.semi_structured import SemiStructuredLinear
 
-__all__ = ["CandidateCalls"]
+__all__ = ["CandidateCalls", "call_us"]
 
 Call = Callable[[], object]
 
@@ -53,6 +55,13 @@ class CandidateCalls:
                 layer = self._layers[item.format, item.block]
                 calls[item.kernel] = _sparse_call(layer, item.kernel, x)
         return calls
+
+
+@cache
+def call_us() -> float:
+    """Microseconds on the CPU that the call of a sparse layer takes around its kernel."""
+    layer, x = SparseLinear.from_dense(nn.Linear(8, 8)), torch.ones(1, 8)
+    return measure({"call": lambda: layer(x)}, budget_ms=1.0)["call"]
 
 
 def _sparse_layer(module: nn.Module, mask: Tensor | None, item: Candidate) -> SparseLayer:

@@ -87,7 +87,8 @@ class _Compiled:
     def lower(self, inputs: Sequence[Any]) -> bool:
         """Lowers the graph with these values; False if it cannot be."""
         values = {index: inputs[index] for index in self.names if isinstance(inputs[index], Tensor)}
-        tuner = Tuner(weight_bytes=sum(v.numel() * v.element_size() for v in values.values()))
+        weight_bytes = sum(v.numel() * v.element_size() for v in values.values())
+        tuner = Tuner(weight_bytes=weight_bytes, in_program=True)
         hints = [x.node.hint if isinstance(x, torch.SymInt) else x for x in inputs]
         try:
             with torch.no_grad():

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from sparselt import ops
-from sparselt.candidate_calls import CandidateCalls
+from sparselt.candidate_calls import CandidateCalls, call_us
 from sparselt.cpu_timer import is_settled, measure
 from sparselt.cuda_timer import measure_on_cuda
 from sparselt.extension import build_id
@@ -48,6 +48,8 @@ __all__ = ["Tuner", "cache_bytes", "machine"]
 
 # A candidate that is not faster by this share does not replace what there is.
 _MARGIN = 0.05
+# Of a layer's call, what its kernel takes at least.
+_LEAST_SHARE = 0.05
 # Densities within 5 % of each other are one kind of layer.
 _KINDS_A_FACTOR_OF_E = 20
 _ROWS_SAMPLED = 128
@@ -145,7 +147,10 @@ class Tuner:
         key = self._key(module, facts, kept, inputs)
         if key not in self._times:
             self._times[key] = self._recall_or_time(key, module, mask, pool, inputs)
-        plan = choose(facts, kernels, self._times[key], format=self.format)
+        times = self._times[key]
+        if self.in_program and not inputs[0].is_cuda:
+            times = {name: _in_program(name, us, len(inputs)) for name, us in times.items()}
+        plan = choose(facts, kernels, times, format=self.format)
         if key in self._recalled:
             plan = replace(plan, reason=f"{plan.reason}, from the cache")
         return plan
@@ -283,6 +288,11 @@ class Tuner:
             x.sum()
 
         return prepare
+
+
+def _in_program(name: str, us: float, calls: int) -> float:
+    """The time of a candidate without what a program spares: the calls of a sparse layer."""
+    return us if name == DENSE else max(us - calls * call_us(), _LEAST_SHARE * us)
 
 
 def _spread(kept: Tensor) -> float:

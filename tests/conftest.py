@@ -33,6 +33,12 @@ def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPath
 
 
 @pytest.fixture(autouse=True)
+def free_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the times that a test makes up stand as they are, in programs too."""
+    monkeypatch.setattr("sparselt.tune.call_us", lambda: 0.0)
+
+
+@pytest.fixture(autouse=True)
 def recorded_kernel(request: pytest.FixtureRequest, record_property: Recorder) -> None:
     """Note the kernel that a test is parametrised with, for the summary."""
     kernel = getattr(request.node, "callspec", None) and request.node.callspec.params.get("kernel")

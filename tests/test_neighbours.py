@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import sparselt
+from sparselt.candidate_calls import call_us
 from sparselt.errors import KernelError, ShapeError
 from sparselt.few_channels import few_channels_in_panels
 from sparselt.neighbours import depthwise_conv2d, is_depthwise
 from sparselt.ops import kernels
-from sparselt.plan import KernelInfo
+from sparselt.plan import DENSE, KernelInfo
 from sparselt.tune import Tuner
 
 DEPTHWISE = pytest.mark.parametrize("kernel", kernel_params("depthwise"))
@@ -189,3 +190,26 @@ def test_a_convolution_of_few_channels_runs_in_panels_and_in_programs(
 )
 def test_other_layers_stay_with_torch_or_with_the_depthwise_kernel(module: nn.Module) -> None:
     assert few_channels_in_panels(module) is None
+
+
+def test_a_small_layer_of_a_program_is_judged_without_the_call_that_it_spares(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def measure(calls: Any, **_: Any) -> dict[str, float]:
+        return {name: 4.0 if name == DENSE else 8.0 for name in calls}
+
+    monkeypatch.setattr("sparselt.tune.measure", measure)
+    monkeypatch.setattr("sparselt.tune.call_us", lambda: 7.0)
+    layer = nn.Linear(64, 48)
+    layer.weight.data.mul_(torch.rand(48, 64) < 0.1)
+    alone, inside = (
+        Tuner(in_program=inside).plan(layer, inputs=[torch.randn(1, 64)])
+        for inside in (False, True)
+    )
+    assert alone.is_dense
+    assert not inside.is_dense
+    assert inside.sparse_us == 1.0
+
+
+def test_the_call_of_a_layer_takes_microseconds() -> None:
+    assert 0.1 < call_us() < 1e5

@@ -96,7 +96,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "tune_cache": {"tickets"},
     "cpu_timer": set(),
     "cuda_timer": set(),
-    "candidate_calls": LAYER | {"neighbours"},
+    "candidate_calls": LAYER | {"cpu_timer", "neighbours"},
     "tune": LAYER
     | {"candidate_calls", "cpu_timer", "cuda_timer", "extension", "neighbours", "tune_cache"},
     "conversion": LAYER | {"shapes", "tune"},
