@@ -50,7 +50,12 @@ def command(result: dict[str, Any]) -> str:
     return str(result["machine"]["command"])
 
 
-TABLES = {"quickstart": quickstart_table, "kernel": kernel_table, "networks": networks_table}
+TABLES = {
+    "quickstart": quickstart_table,
+    "kernel": kernel_table,
+    "networks": networks_table,
+    "small_networks": networks_table,
+}
 
 
 def filled(text: str) -> str:

@@ -103,9 +103,11 @@ def test_header_says_what_a_figure_depends_on() -> None:
     assert {"flags", "caches_bytes", "affinity", "virtual_machine", "date"} <= found.keys()
 
 
-def test_command_line_names_no_folder_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_header_names_no_folder_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", ["/somewhere/bin/sparselt", "inspect", "/elsewhere/a b.pt"])
     assert machine.command_line() == "sparselt inspect 'a b.pt'"
+    monkeypatch.setenv("SPARSELT_CACHE", "/somewhere/times")
+    assert machine.header()["environment"]["SPARSELT_CACHE"] == "times"
 
 
 def test_commit_is_recorded_only_in_the_checkout(

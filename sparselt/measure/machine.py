@@ -182,7 +182,10 @@ def header(command: str | None = None) -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": _versions(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "",
-        "environment": {key: os.environ[key] for key in _ENVIRONMENT if key in os.environ},
+        # Of a folder the name alone: a result is shown to others.
+        "environment": {
+            key: Path(os.environ[key]).name for key in _ENVIRONMENT if key in os.environ
+        },
         **_git(),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "command": command_line() if command is None else command,
