@@ -250,7 +250,12 @@ def test_unwritable_output_is_a_sentence(
 
 
 # Says when timing begins: an interrupt while torch is imported may be lost in its own handlers.
+# A shell that started the tests in the background has them ignore interrupts: undone here.
 INTERRUPTED = """
+import signal
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 from sparselt import cli
 from sparselt.measure import layers
 
