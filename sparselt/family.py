@@ -30,13 +30,13 @@ from sparselt.capture import Captured, CaptureError
 from sparselt.cuda_graph import GraphedRun, graphed
 from sparselt.explanation import Row
 from sparselt.lowering import Lowered, lower
-from sparselt.native import is_of_segment, nativize
+from sparselt.native import Segment, is_of_segment, nativize
 from sparselt.plan import DENSE, Plan
-from sparselt.samples import EachSample, agree, first_samples, may_run_each
+from sparselt.samples import EachSample, agree, first_samples, may_run_each, only_segment
 from sparselt.shapes import copied, propagate
 from sparselt.tune import Tuner, cache_bytes
 
-__all__ = ["Bucket", "Family", "Planned", "Run"]
+__all__ = ["Bucket", "Family", "Planned", "Run", "Straight"]
 
 Run = Callable[[Sequence[Any]], Any]
 Bucket = tuple[tuple[int, ...], ...]
@@ -94,6 +94,32 @@ class Planned:
         """Sentences on the whole, for `explain`."""
         graphs = self.run.note if isinstance(self.run, GraphedRun) else ""
         return [note for note in (self.note, graphs) if note]
+
+    @property
+    def rest(self) -> list[str]:
+        """What runs beside the layers, for `explain`."""
+        counts = (
+            ", ".join(f"{name} ({count})" for name, count in sorted(others.items()))
+            for others in self.others()
+        )
+        places = zip(("natively", "in torch"), counts, strict=True)
+        told = "; ".join(f"the rest runs {where}: {count}" for where, count in places if count)
+        return [told] if told else []
+
+
+class Straight:
+    """The flat call of a network that is one native segment, from one tensor to one.
+
+    Args:
+        segment: all of the graph.
+    """
+
+    def __init__(self, segment: Segment) -> None:
+        self.segment = segment
+
+    def __call__(self, leaves: Sequence[Any]) -> Any:
+        """The one result."""
+        return self.segment(*leaves)
 
 
 class Family:
@@ -270,12 +296,18 @@ class Family:
         kept = [value for i, value in enumerate(self.captured.constants) if i not in unused]
         forward = module.forward
         run = self._as_result(lambda leaves: forward(*kept, *leaves))
+        only = only_segment(module.graph)
+        if only is not None and only.is_straight and not kept and self._returns_a_tensor():
+            run = Straight(only.segment)
         return Planned(lowered, module, kept, graphed(run, leaves), plans=lowered.plans)
+
+    def _returns_a_tensor(self) -> bool:
+        return self.captured.output_spec == pytree.tree_structure(torch.empty(0))
 
     def _as_result(self, flat: Run) -> Run:
         """The flat call, with its results put together as the model's."""
         spec = self.captured.output_spec
-        if spec == pytree.tree_structure(torch.empty(0)):
+        if self._returns_a_tensor():
             return lambda leaves: flat(leaves)[0]
         return lambda leaves: pytree.tree_unflatten(flat(leaves), spec)
 

@@ -22,7 +22,8 @@ from sparselt.capture import Captured, CaptureError, capture
 from sparselt.conversion import as_call, convert, densify, prepare, run_once
 from sparselt.errors import OptionError, ProgramFileError, ShapeError, explain_mismatch
 from sparselt.explanation import Explanation, explain
-from sparselt.family import Family, Planned, Run
+from sparselt.family import Family, Run, Straight
+from sparselt.native import SegmentProgram
 from sparselt.portable import Loaded, read_program, write_program
 from sparselt.profiling import Profile, profile_graph, profile_modules
 from sparselt.shelf import Shelf
@@ -32,7 +33,7 @@ __all__ = ["Program", "compile", "load_program"]
 
 # Graphs kept for different shapes; the oldest goes when one more is captured.
 _MAX_CAPTURES = 16
-_MAX_ROUTES = 4096
+_MAX_ROUTES, _MAX_STRAIGHT = 4096, 32
 
 
 class Program:
@@ -66,6 +67,7 @@ class Program:
         self._shelf = Shelf()
         self._families: list[Family] = []
         self._routes: dict[tuple[Any, ...], Run] = {}
+        self._straight: dict[torch.Size, SegmentProgram] = {}
         self._converted: nn.Module | None = None
         self._lock = threading.RLock()
         self.notes = []
@@ -92,7 +94,12 @@ class Program:
         return program
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's result, computed under inference mode."""
+        """The model's result, without gradients."""
+        if len(args) == 1 and not kwargs and type(args[0]) is Tensor:
+            program = self._straight.get(args[0].shape)
+            result = None if program is None else program.straight(args[0])
+            if result is not None:
+                return result
         # Entering the mode costs a microsecond, as much as a small layer.
         if torch.is_inference_mode_enabled():
             return self._call(args, kwargs)
@@ -103,12 +110,20 @@ class Program:
         if len(args) == 1 and not kwargs and type(args[0]) is Tensor:
             x = args[0]
             run = self._routes.get((x.shape, x.dtype))
+            if type(run) is Straight:
+                self._keep_straight(x, run.segment.program_for(args))
             if run is not None:
                 return run(args)
         leaves, spec = pytree.tree_flatten((args, kwargs))
         key = _signature(leaves, spec)
         run = self._routes.get(key)
         return (run or self._add_route(key, leaves, spec))(leaves)
+
+    def _keep_straight(self, x: Tensor, program: SegmentProgram | None) -> None:
+        if len(self._straight) >= _MAX_STRAIGHT:
+            self._straight.clear()
+        if program is not None:
+            self._straight[x.shape] = program
 
     def __reduce__(self) -> NoReturn:
         """A program is bound to this process and CPU: it is neither copied nor pickled."""
@@ -123,8 +138,7 @@ class Program:
             assert self._converted is not None
             return Explanation(explain(self._converted).rows, self.notes)
         planned = next(iter(self._families[0].planned.values()))
-        notes = [*self.notes, *planned.notes, _rest(planned)]
-        return Explanation(planned.lowered.rows, [note for note in notes if note])
+        return Explanation(planned.lowered.rows, [*self.notes, *planned.notes, *planned.rest])
 
     def profile(self, *args: Any, runs: int = 10, **kwargs: Any) -> Profile:
         """Where the time of a run goes: each layer, each other operation, and the rest.
@@ -231,6 +245,7 @@ class Program:
             dropped = self._families.pop(1)
             runs = {planned.run for planned in dropped.planned.values()}
             self._routes = {key: run for key, run in self._routes.items() if run not in runs}
+            self._straight.clear()
         return run
 
     def _unknown(self, leaves: Sequence[Any]) -> ShapeError:
@@ -383,11 +398,3 @@ def _varying(leaves: Sequence[Any], captured: Sequence[Captured]) -> list[set[in
                 sizes = zip(shape, leaf.shape, strict=True)
                 dims |= {i for i, (want, got) in enumerate(sizes) if want not in (None, got)}
     return varying
-
-
-def _rest(planned: Planned) -> str:
-    parts = []
-    for where, others in zip(("natively", "in torch"), planned.others(), strict=True):
-        counts = ", ".join(f"{name} ({count})" for name, count in sorted(others.items()))
-        parts += [f"the rest runs {where}: {counts}"] if others else []
-    return "; ".join(parts)

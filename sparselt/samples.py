@@ -19,7 +19,14 @@ from torch.utils import _pytree as pytree
 from sparselt.native import SEGMENT, Segment
 from sparselt.shapes import drawn
 
-__all__ = ["EachSample", "agree", "first_samples", "may_run_each"]
+__all__ = [
+    "EachSample",
+    "OnlySegment",
+    "agree",
+    "first_samples",
+    "may_run_each",
+    "only_segment",
+]
 
 # Two ways to compute the same differ by less than this share of the largest result.
 _TOLERANCE = 1e-4
@@ -36,7 +43,7 @@ class EachSample:
     def __init__(self, module: fx.GraphModule, constants: Sequence[Tensor]) -> None:
         self.forward = module.forward
         self.constants = constants
-        self.only = _only_segment(module.graph)
+        self.only = only_segment(module.graph)
 
     def __call__(self, leaves: Sequence[Any]) -> Sequence[Tensor]:
         """The graph's results, put together along the first dimension.
@@ -61,8 +68,8 @@ class EachSample:
 
 
 @dataclass(frozen=True)
-class _OnlySegment:
-    """A segment that is all of a graph.
+class OnlySegment:
+    """A segment that is all of a graph; found by `only_segment`.
 
     Attributes:
         segment: what the graph calls.
@@ -73,6 +80,11 @@ class _OnlySegment:
     segment: Segment
     arguments: list[int]
     results: list[int]
+
+    @property
+    def is_straight(self) -> bool:
+        """Whether the segment takes the graph's only placeholder and returns its only result."""
+        return self.arguments == [0] and self.results == [0] and len(self.segment.outputs) == 1
 
     def run(self, constants: Sequence[Tensor], leaves: Sequence[Any]) -> list[Tensor] | None:
         """The results for all samples; None where the segment is torch's to run."""
@@ -87,7 +99,8 @@ class _OnlySegment:
         return [found[place] for place in self.results]
 
 
-def _only_segment(graph: fx.Graph) -> _OnlySegment | None:
+def only_segment(graph: fx.Graph) -> OnlySegment | None:
+    """The segment that computes all of a graph's results; None where there is no such."""
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
     calls = [node for node in graph.nodes if SEGMENT in node.meta]
     if len(calls) != 1 or any(node not in placeholders for node in calls[0].args):
@@ -101,7 +114,7 @@ def _only_segment(graph: fx.Graph) -> _OnlySegment | None:
             places.append(node.args[1])
         else:
             return None
-    return _OnlySegment(calls[0].meta[SEGMENT], arguments, places)
+    return OnlySegment(calls[0].meta[SEGMENT], arguments, places)
 
 
 def results_of(graph: fx.Graph) -> list[Any]:

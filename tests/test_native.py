@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import threading
 
@@ -144,6 +145,52 @@ def test_the_backend_of_torch_compile_runs_native_programs(monkeypatch):
             ran.clear()
             assert_as_exact_as_torch(fast(x), model, x)
             assert len(ran) == 1
+
+
+@pytest.mark.parametrize(
+    "moment",
+    [
+        contextlib.nullcontext,
+        torch.inference_mode,
+        lambda: torch.device("meta"),
+        lambda: torch.autocast("cpu", torch.bfloat16),
+    ],
+    ids=["plain", "inference", "default device", "autocast"],
+)
+def test_a_network_of_one_program_is_right_whatever_the_moment(moment):
+    model = make("residual")
+    x = input_for("residual", 2)
+    program = sparselt.compile(model, x)
+    program(x)
+    with torch.no_grad():
+        wanted = model(x)
+        inputs = {
+            "plain": x,
+            "with gradients": x.clone().requires_grad_(),
+            "transposed": x.transpose(-1, -2).contiguous().transpose(-1, -2),
+            "channels last": x.contiguous(memory_format=torch.channels_last),
+        }
+    for given in inputs.values():
+        with moment():
+            got = program(given)
+        assert not got.requires_grad
+        assert got.dtype in (torch.float32, torch.bfloat16)
+        error = float((got.float() - wanted).abs().max())
+        assert error <= (0.1 if got.dtype is torch.bfloat16 else 1e-5) * float(wanted.abs().max())
+
+
+def test_the_straight_call_refuses_what_its_program_was_not_made_for(monkeypatch):
+    program = sparselt.compile(make("residual"), input_for("residual", 2))
+    x = input_for("residual", 2)
+    program(x)
+    made = program._straight[x.shape]
+    assert torch.equal(made.straight(x), program(x))
+    refused = [x.double(), x.to("meta"), x.to_sparse(), x.transpose(-1, -2)]
+    assert [made.straight(other) for other in refused] == [None] * len(refused)
+    with torch.autocast("cpu"):
+        assert made.straight(x) is None
+    monkeypatch.setattr(torch, "get_num_threads", lambda: made.threads + 1)
+    assert made.straight(x) is None
 
 
 def test_calls_share_one_arena_and_calls_at_once_have_one_each():

@@ -31,6 +31,11 @@ void run(const Program& program, const Addresses& inputs, const Addresses& outpu
   program.run(as_const_floats(inputs), as_floats(outputs));
 }
 
+// Of a program with one of each.
+void run_one(const Program& program, uintptr_t input, uintptr_t output) {
+  program.run({reinterpret_cast<const float*>(input)}, {reinterpret_cast<float*>(output)});
+}
+
 using Stretches = std::vector<std::pair<uintptr_t, int64_t>>;
 
 template <class T>
@@ -174,6 +179,7 @@ void bind_program(pybind11::module_& module) {
       .def("finish", &Program::finish)
       .def("set_parallel", &Program::set_parallel)
       .def("run", &run, Release())
+      .def("run_one", &run_one, Release())
       .def("run_each", &run_each, Release())
       .def("run_watched", &run_watched, Release());
   module.def("plan_memory", &plan);
