@@ -87,12 +87,13 @@ std::vector<float> patches(const Convolution& conv, int64_t image, int64_t group
   return matrix;
 }
 
-Expected expect(const Convolution& conv) {
+// `weight` is what is stored of the convolution's.
+Expected expect(const Convolution& conv, const Matrix& weight) {
   Expected expected;
   const int64_t group_rows = conv.weight.rows / conv.groups;
   for (int64_t image = 0; image < conv.shape.batch; ++image) {
     for (int64_t group = 0; group < conv.groups; ++group) {
-      append_expected(expected, conv.weight, {group * group_rows, (group + 1) * group_rows},
+      append_expected(expected, weight, {group * group_rows, (group + 1) * group_rows},
                       patches(conv, image, group), conv.area(), conv.ending,
                       static_cast<int64_t>(expected.values.size()));
     }
@@ -133,7 +134,7 @@ void run_planes(const KernelInfo& kernel, const Convolution& conv, const SparseV
 void run_convolution(const KernelInfo& kernel, const Convolution& conv, Edge edge,
                      Generator& random) {
   const Geometry& g = conv.geometry;
-  const Expected expected = expect(conv);
+  const Expected expected = expect(conv, conv.weight);
   const SparseArrays weight = pack_sparse(conv.weight, 1, 1, edge);
   const int64_t channels = conv.shape.batch * conv.shape.channels;
   Guarded<float> planes(conv.x, edge);
@@ -157,10 +158,8 @@ void run_convolution(const KernelInfo& kernel, const Convolution& conv, Edge edg
 
 void run_panel_convolution(const KernelInfo& kernel, const Convolution& conv, Edge edge,
                            Generator& random) {
-  const Expected expected = expect(conv);
-  const int64_t sections = std::min<int64_t>(1 + conv.variant % 3, conv.weight.rows);
-  const SellArrays weight = pack_sell(conv.weight, slice_height(kernel, conv.variant),
-                                      sell_block_cols(conv.variant), sections, edge);
+  const SlicedWeight weight = sliced_weight(kernel, conv.weight, conv.variant, conv.groups, edge);
+  const Expected expected = expect(conv, weight.matrix);
   const int64_t channels = conv.shape.batch * conv.shape.channels;
   const int64_t area = conv.geometry.h.size * conv.geometry.w.size;
   const bool is_cut = conv.geometry.w.stride > 1;
@@ -173,17 +172,18 @@ void run_panel_convolution(const KernelInfo& kernel, const Convolution& conv, Ed
       std::copy_n(conv.x.data() + i * area, area, planes.data() + i * area);
     }
   }
-  const sparselt::PanelSource source =
-      sparselt::conv_panel_source(conv.geometry, conv.shape.batch, conv.shape.channels);
+  const sparselt::PanelSource source = sparselt::conv_panel_source(
+      conv.geometry, conv.shape.batch, conv.shape.channels, conv.groups);
   Guarded<float> y(expected.values.size(), edge);
   Guarded<float> y_cut(expected.values.size(), edge);
   const HeldEnding ending = hold_ending(conv.ending, edge);
-  run_panels(kernel, weight.view, source, planes.data(), y.data(), ending.pointers, edge, nullptr);
+  run_panels(kernel, weight.arrays.view, source, planes.data(), y.data(), ending.pointers, edge,
+             nullptr);
   expect_right(expected, y.data());
-  run_panels(kernel, weight.view, source, planes.data(), y_cut.data(), ending.pointers, edge,
+  run_panels(kernel, weight.arrays.view, source, planes.data(), y_cut.data(), ending.pointers, edge,
              &random);
   expect_same(y, y_cut);
-  expect_intact(planes.intact() && y.intact() && y_cut.intact() && weight.intact() &&
+  expect_intact(planes.intact() && y.intact() && y_cut.intact() && weight.arrays.intact() &&
                 ending.intact());
 }
 
@@ -211,7 +211,8 @@ int64_t walk(const KernelInfo& kernel, bool grouped, Run run) {
 
 int64_t check_conv2d(const KernelInfo& kernel) { return walk(kernel, true, run_convolution); }
 int64_t check_panel_conv2d(const KernelInfo& kernel) {
-  return walk(kernel, false, run_panel_convolution);
+  // The groups of this table are smaller than a row of blocks.
+  return walk(kernel, kernel.format != "bsell", run_panel_convolution);
 }
 
 }  // namespace neon_test

@@ -13,6 +13,7 @@ namespace {
 
 int64_t check(const sparselt::KernelInfo& kernel) {
   using namespace neon_test;
+  if (kernel.spmv) return check_spmv(kernel);
   if (kernel.panel) return check_panel_spmm(kernel) + check_panel_conv2d(kernel);
   return kernel.op == "conv2d" ? check_conv2d(kernel) : check_spmm(kernel);
 }
@@ -25,11 +26,8 @@ int main(int count, char** arguments) {
     if (kernel.device != "cpu") continue;
     const std::string name(kernel.name);
     if (!chosen.empty() && std::find(chosen.begin(), chosen.end(), name) == chosen.end()) continue;
-    const bool has_table =
-        (kernel.spmm || kernel.conv2d || kernel.panel) && kernel.format != "bsell";
-    const std::string missing = has_table ? ""
-                                          : "no table of problems for " + std::string(kernel.op) +
-                                                " of " + std::string(kernel.format);
+    const std::string missing =
+        kernel.depthwise ? "no table of problems for " + std::string(kernel.op) : "";
     const std::string unusable = sparselt::why_unusable(kernel);
     const std::string reason = unusable.empty() ? missing : unusable;
     if (reason.empty()) {

@@ -96,25 +96,38 @@ void run_panels(const KernelInfo& kernel, const SellView& weight,
     Guarded<float> sums(static_cast<size_t>(weight.rows * width), edge);
     sparselt::PanelCall call{weight, panel, epilogue, x_block.data(), sums.data()};
     if (epilogue.residual) call.epilogue.residual += image * weight.rows * area;
-    if (random) {
-      for (int64_t section = weight.num_sections; section-- > 0;) {
-        kernel.panel(call, {section, section + 1});
-      }
-    } else {
-      kernel.panel(call, {0, weight.num_sections});
+    const int64_t group_sections = weight.num_sections / source.groups;
+    const int64_t share = random ? 1 : group_sections;
+    for (int64_t last = weight.num_sections; last > 0; last -= share) {
+      call.panel.x = panel.x + (last - 1) / group_sections * source.group_stride;
+      kernel.panel(call, {last - share, last});
     }
     expect_intact(x_block.intact() && sums.intact());
   }
 }
 
-int64_t slice_height(const KernelInfo& kernel, int64_t variant) {
+SlicedWeight sliced_weight(const KernelInfo& kernel, const Matrix& matrix, int64_t variant,
+                           int64_t groups, Edge edge) {
   constexpr int64_t kHeights[] = {1, 2, 3, 4, 7};
-  return kernel.tile_rows > 1 ? kernel.tile_rows : kHeights[variant % 5];
-}
-
-int64_t sell_block_cols(int64_t variant) {
+  constexpr int64_t kBlockHeights[] = {4, 8, 16};
   constexpr int64_t kBlockCols[] = {1, 5, 16, 128};
-  return kBlockCols[variant % 4];
+  const int64_t block_cols = kBlockCols[(variant + variant / 4) % 4];
+  const auto sections = [&](int64_t rows) {
+    return groups * std::min<int64_t>(1 + variant % 3, rows / groups);
+  };
+  if (kernel.format == "bsell") {
+    const int64_t height = kBlockHeights[variant / 2 % 3];
+    const int64_t block_rows = (matrix.rows + height - 1) / height;
+    return {filled_blocks(matrix, height, 1),
+            pack_bsell(matrix, height, block_cols, sections(block_rows), edge)};
+  }
+  const int64_t height = kernel.tile_rows > 1 ? kernel.tile_rows : kHeights[variant % 5];
+  if (kernel.format == "sign") {
+    Matrix signs = of_one_magnitude(matrix);
+    SellArrays arrays = pack_sign(signs, height, block_cols, sections(matrix.rows), edge);
+    return {std::move(signs), std::move(arrays)};
+  }
+  return {matrix, pack_sell(matrix, height, block_cols, sections(matrix.rows), edge)};
 }
 
 }  // namespace neon_test

@@ -19,6 +19,7 @@ int64_t check_spmm(const KernelInfo& kernel);
 int64_t check_conv2d(const KernelInfo& kernel);
 int64_t check_panel_spmm(const KernelInfo& kernel);
 int64_t check_panel_conv2d(const KernelInfo& kernel);
+int64_t check_spmv(const KernelInfo& kernel);
 
 // What is said if the program ends before the next problem, by a fault of memory too.
 void begin_problem(const std::string& text);
@@ -51,8 +52,13 @@ void run_panels(const KernelInfo& kernel, const SellView& weight,
                 const sparselt::PanelSource& source, const float* x, float* y,
                 const Epilogue& epilogue, Edge edge, Generator* random);
 
-// The slice height that the kernel reads, or any where it reads all.
-int64_t slice_height(const KernelInfo& kernel, int64_t variant);
-int64_t sell_block_cols(int64_t variant);
+// A weight as a kernel for slices reads it: of the height that its registers want, or of any where
+// it reads all, in blocks of some columns and up to three sections for each group of rows.
+struct SlicedWeight {
+  Matrix matrix;  // what of the given one the format holds
+  SellArrays arrays;
+};
+SlicedWeight sliced_weight(const KernelInfo& kernel, const Matrix& matrix, int64_t variant,
+                           int64_t groups, Edge edge);
 
 }  // namespace neon_test

@@ -96,13 +96,10 @@ void run_product(const KernelInfo& kernel, const Product& product, Edge edge, Ge
 
 void run_panel_product(const KernelInfo& kernel, const Product& product, Edge edge,
                        Generator& random) {
+  const SlicedWeight weight = sliced_weight(kernel, product.weight, product.variant, 1, edge);
   Expected expected;
-  append_expected(expected, product.weight, {0, product.weight.rows}, product.x, product.columns,
+  append_expected(expected, weight.matrix, {0, product.weight.rows}, product.x, product.columns,
                   product.ending, 0);
-  const int64_t sections = std::min<int64_t>(1 + product.variant % 3, product.weight.rows);
-  const SellArrays weight =
-      pack_sell(product.weight, slice_height(kernel, product.variant),
-                sell_block_cols(product.variant + product.variant / 4), sections, edge);
   const Guarded<float> x(product.x, edge);
   Guarded<float> y(expected.values.size(), edge);
   Guarded<float> y_cut(expected.values.size(), edge);
@@ -110,11 +107,14 @@ void run_panel_product(const KernelInfo& kernel, const Product& product, Edge ed
   const int64_t columns = product.columns;
   const sparselt::PanelSource source{1, 0, columns, columns, 1,          columns,
                                      1, 1, columns, false,   {{0, 0, 0}}};
-  run_panels(kernel, weight.view, source, x.data(), y.data(), ending.pointers, edge, nullptr);
+  run_panels(kernel, weight.arrays.view, source, x.data(), y.data(), ending.pointers, edge,
+             nullptr);
   expect_right(expected, y.data());
-  run_panels(kernel, weight.view, source, x.data(), y_cut.data(), ending.pointers, edge, &random);
+  run_panels(kernel, weight.arrays.view, source, x.data(), y_cut.data(), ending.pointers, edge,
+             &random);
   expect_same(y, y_cut);
-  expect_intact(x.intact() && y.intact() && y_cut.intact() && weight.intact() && ending.intact());
+  expect_intact(x.intact() && y.intact() && y_cut.intact() && weight.arrays.intact() &&
+                ending.intact());
 }
 
 template <class Run>

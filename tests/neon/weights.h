@@ -48,6 +48,10 @@ struct SparseArrays {
 };
 SparseArrays pack_sparse(const Matrix& matrix, int64_t block_rows, int64_t block_cols, Edge edge);
 
+// The matrix with values of one magnitude a row: what the sign format holds.
+Matrix of_one_magnitude(const Matrix& matrix);
+
+// SELL, its sign format and BSELL.
 struct SellArrays {
   Guarded<int32_t> block_slices;
   Guarded<int32_t> slice_steps;
@@ -62,5 +66,10 @@ struct SellArrays {
 };
 SellArrays pack_sell(const Matrix& matrix, int64_t slice_height, int64_t block_cols,
                      int64_t num_sections, Edge edge);
+// Of a matrix `of_one_magnitude`.
+SellArrays pack_sign(const Matrix& matrix, int64_t slice_height, int64_t block_cols,
+                     int64_t num_sections, Edge edge);
+SellArrays pack_bsell(const Matrix& matrix, int64_t slice_height, int64_t block_cols,
+                      int64_t num_sections, Edge edge);
 
 }  // namespace neon_test
