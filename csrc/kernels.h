@@ -112,6 +112,7 @@ struct SellView {
   int64_t num_blocks;
   int64_t num_sections;
   CodeView code{};
+  bool mirrored = false;  // whether columns find the negative of x too (sign)
 };
 
 // Lanes of a panel's vector of 16: the lanes in `mask` lie at base + offset + lane.

@@ -80,32 +80,31 @@ std::string why_unusable(const KernelInfo& kernel) {
   return why_unsupported(kernel.isa);
 }
 
-const KernelInfo& find_kernel(std::string_view name, std::string_view op, std::string_view format,
-                              int64_t block_rows) {
-  std::string usable;
+const KernelInfo& find_kernel(std::string_view name, std::string_view op, int64_t block_rows) {
   const auto serves = [&](const KernelInfo& kernel) {
-    if (kernel.format != format || kernel.device != "cpu") return false;
+    if (kernel.device != "cpu") return false;
     const bool serves_op = kernel.op == op || kernel.panel || (kernel.op == "spmv" && op == "spmm");
-    const bool fits = (format != "sell" && format != "sign") || kernel.tile_rows == 1 ||
-                      kernel.tile_rows == block_rows;
-    return serves_op && fits;
+    const bool walks_slices = kernel.panel || kernel.spmv;
+    return serves_op && (!walks_slices || kernel.tile_rows == 1 || kernel.tile_rows == block_rows);
   };
   for (const KernelInfo& kernel : kTable) {
-    if (!serves(kernel)) continue;
-    if (!name.empty() && kernel.name != name) continue;
+    if ((kernel.name != name && kernel.format != name) || !serves(kernel)) continue;
     const std::string reason = why_unusable(kernel);
     if (reason.empty()) return kernel;
-    if (!name.empty()) throw std::runtime_error(std::string(name) + " cannot run here: " + reason);
+    if (kernel.name == name) {
+      throw std::runtime_error(std::string(name) + " cannot run here: " + reason);
+    }
   }
+  std::string usable;
   for (const KernelInfo& kernel : kTable) {
     if (serves(kernel) && why_unusable(kernel).empty()) {
       usable.append(usable.empty() ? "" : ", ").append(kernel.name);
     }
   }
-  throw std::runtime_error("kernel: expected one for " + std::string(op) + " on format " +
-                           std::string(format) + " with blocks of " + std::to_string(block_rows) +
-                           " rows (" + (usable.empty() ? "none is usable here" : usable) +
-                           "), got '" + std::string(name) + "'");
+  throw std::runtime_error("kernel: expected one for " + std::string(op) + " with blocks of " +
+                           std::to_string(block_rows) + " rows, or a format of theirs (" +
+                           (usable.empty() ? "none is usable here" : usable) + "), got '" +
+                           std::string(name) + "'");
 }
 
 }  // namespace sparselt

@@ -34,10 +34,8 @@ std::span<const KernelInfo> kernels();
 // Empty where the kernel can run here; otherwise the reason why not.
 std::string why_unusable(const KernelInfo& kernel);
 
-// The kernel called `name`, or with an empty name the first usable one, for an operation on a
-// format on the CPU, with blocks (SELL: slices) of `block_rows` rows. Throws with the names that
-// would do.
-const KernelInfo& find_kernel(std::string_view name, std::string_view op, std::string_view format,
-                              int64_t block_rows);
+// The kernel called `name`, or the first usable one of the format called so, for an operation on
+// the CPU with blocks or slices of `block_rows` rows. Throws with the names that would do.
+const KernelInfo& find_kernel(std::string_view name, std::string_view op, int64_t block_rows);
 
 }  // namespace sparselt

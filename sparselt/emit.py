@@ -61,7 +61,7 @@ def _layer(build: Builder, node: fx.Node) -> Shaped:
         layer = panels
     assert isinstance(layer, SparseLayer)
     parts, bias = list(layer.weight.parts()), layer.bias
-    end = (layer.lower, layer.upper, layer.kernel)
+    end = (layer.lower, layer.upper, layer.kernel or layer.weight.format)
     other = -1 if residual is None else residual.number
     if parts[-1].dtype is not torch.float32:
         raise NotNativeError("a weight that is not float32")
@@ -124,7 +124,7 @@ def _depthwise(
     numbers = [x.number, -1 if residual is None else residual.number, y.number]
     given = (list(x.shape), module.weight, module.bias)
     geometry = (module.stride, module.padding, module.dilation)
-    end = (step.lower, step.upper, "")
+    end = (step.lower, step.upper, "dense")
     torch.ops.sparselt.program_depthwise(build.program.handle, numbers, *given, *geometry, *end)
     return y
 

@@ -128,23 +128,30 @@ def served() -> frozenset[tuple[str, str, str, str]]:
 _SERVED = served()
 
 
-# Slice heights of the kernels that run generated code.
-_CODE_HEIGHTS = frozenset(
-    entry["tile_rows"] for entry in _C.kernels() if entry["op"] == "code" and entry["usable"]
+# Formats and slice heights of the kernels that run generated code.
+_CODE = frozenset(
+    (entry["format"], entry["tile_rows"])
+    for entry in _C.kernels()
+    if entry["op"] == "code" and entry["usable"]
 )
 
+# The format that each kernel reads; a format stands for the first of its kernels that fits.
+_FORMATS: dict[str, str] = {entry["name"]: entry["format"] for entry in _C.kernels()}
+_FORMATS.update({format: format for format in _FORMATS.values()})
 
-def watch(parts: Sequence[Tensor], block_rows: int) -> None:
+
+def watch(format: str, parts: Sequence[Tensor], block_rows: int) -> None:
     """Has the code that is generated for a weight dropped when the weight's tensors die.
 
     The code belongs to no Python object: it is made at the first call of a kernel that runs it, and
     kept for the next ones. Weights that share their parts share it.
 
     Args:
-        parts: the weight's.
-        block_rows: rows of its blocks (of its slices in SELL).
+        format: the weight's.
+        parts: likewise.
+        block_rows: rows of its blocks or slices.
     """
-    if len(parts) != 5 or block_rows not in _CODE_HEIGHTS or torch.compiler.is_compiling():
+    if (format, block_rows) not in _CODE or torch.compiler.is_compiling():
         return
     steps = parts[1]
     if type(steps) is not Tensor or not steps.is_cpu:
@@ -169,41 +176,35 @@ def code_bytes(parts: Sequence[Tensor]) -> int:
         >>> sparselt.ops.code_bytes(sparselt.pack(torch.eye(3)).parts())
         0
     """
-    return _C.code_bytes(parts[1].data_ptr()) if len(parts) == 5 and parts[1].is_cpu else 0
-
-
-def _format_of(parts: Sequence[Tensor]) -> str:
-    if len(parts) == 5:
-        if parts[3].dim() == 2:
-            return "sign"
-        return "sell" if parts[-1].dim() == 1 else "bsell"
-    if len(parts) == 4:
-        return {1: "patch8", 2: "tile8"}.get(parts[2].dim(), "bitmask")
-    if parts[1].dim() == 2:
-        return "bsr_nhwc"
-    return "csr" if parts[-1].dim() == 1 else "bsr"
+    return _C.code_bytes(parts[1].data_ptr()) if parts[1].is_cpu else 0
 
 
 def check_kernel(
-    name: str, op: str, parts: Sequence[Tensor], block_rows: int, dtype: str = "float32"
+    name: str,
+    op: str,
+    format: str,
+    parts: Sequence[Tensor],
+    block_rows: int,
+    dtype: str = "float32",
 ) -> None:
-    """Refuses a kernel that cannot run `op` on a weight of these parts, where they are.
+    """Refuses a kernel that cannot run `op` on a weight of a format, where its parts are.
 
     Args:
         name: the kernel's; empty for the first of the registry that fits.
         op: "spmm" or "conv2d".
-        parts: the weight's.
-        block_rows: rows of its blocks (of its slices in SELL).
+        format: the weight's.
+        parts: likewise.
+        block_rows: rows of its blocks or slices.
         dtype: what is computed in, without the "torch." prefix.
 
     Raises:
         KernelError: no kernel runs `op` on the weight's format, device and type, or not the named
             one.
     """
-    watch(parts, block_rows)
-    format_name, values = _format_of(parts), parts[-1]
+    watch(format, parts, block_rows)
+    values = parts[-1]
     device = "cuda" if values.is_cuda else "cpu"
-    served = (device, op, format_name, dtype) in _SERVED
+    served = (device, op, format, dtype) in _SERVED
     if name == "" and served:
         return
     if device == "cuda" and _cuda is None:
@@ -214,11 +215,11 @@ def check_kernel(
         formats = sorted({key[2] for key in _SERVED if (*key[:2], key[3]) == (device, op, dtype)})
         known = f"a format {op} has in {dtype} on {device} ({', '.join(formats)})"
         hint = "pack the weight with format='csr'"
-        raise KernelError(explain_mismatch("weight", known, format_name, hint))
+        raise KernelError(explain_mismatch("weight", known, format, hint))
     serving = [
         kernel
         for kernel in kernels(values.get_device() if device == "cuda" else 0)
-        if kernel.serves(op, format_name, block_rows)
+        if kernel.serves(op, format, block_rows)
         and (kernel.device, kernel.dtype) == (device, dtype)
     ]
     for kernel in serving:
@@ -294,7 +295,7 @@ def _fake_conv2d(
     kernel: str,
 ) -> Tensor:
     y = x.new_empty(conv_shape(x, meta, stride, padding, dilation))
-    return y.to(memory_format=torch.channels_last) if _format_of(parts) == "bsr_nhwc" else y
+    return y.to(memory_format=torch.channels_last) if _FORMATS[kernel] == "bsr_nhwc" else y
 
 
 def _fake_out(*arguments: object) -> None:
@@ -339,8 +340,9 @@ def _under_cuda_autocast(operator: Callable[..., Tensor]) -> Callable[..., Tenso
             return tensor.to(dtype) if tensor is not None else None
 
         values = [*parts[:-1], parts[-1].to(dtype)]
-        # A name stands for one type.
-        kernel = rest[-1] if parts[-1].dtype is dtype else ""
+        # A kernel's name stands for one type.
+        named = str(rest[-1])
+        kernel = named if parts[-1].dtype is dtype else _FORMATS.get(named, named)
         operands = (x.to(dtype), values, meta, cast(bias), cast(residual))
         with torch.autocast("cuda", enabled=False):
             return operator(*operands, *rest[:-1], kernel)

@@ -131,7 +131,7 @@ def sparse_plan(facts: Facts, format: str, kernel: str = "") -> Plan:
     if named is not None and named.op == "spmv":
         facts = replace(facts, columns=1)  # who names it has few
     format = _format_for(facts, format, named, kernels)
-    if format in (*FEW_COLUMNS_FORMATS, "sign"):
+    if format in FEW_COLUMNS_FORMATS or _has_spmv_alone(format, facts, kernels):
         facts = replace(facts, columns=1)
     if format == "bsr" and facts.block == (1, 1):
         facts = replace(facts, block=(4, 1))
@@ -164,6 +164,11 @@ def _format_for(
         return "bsr"
     # Of block formats only BSELL has kernels for convolutions.
     return "bsell" if facts.block_rows % 4 == 0 else "csr"
+
+
+def _has_spmv_alone(format: str, facts: Facts, kernels: Sequence[KernelInfo]) -> bool:
+    here = (format, facts.device)
+    return {kernel.op for kernel in kernels if (kernel.format, kernel.device) == here} == {"spmv"}
 
 
 def _sparse_candidates(facts: Facts, kernels: Sequence[KernelInfo]) -> list[Candidate]:

@@ -10,11 +10,11 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from sparselt.layout import block_for
 from sparselt.neighbours import is_depthwise
 from sparselt.nn import SparseConv2d
 from sparselt.ops import kernels
 from sparselt.plan import Facts, Plan
+from sparselt.rules import block_for
 
 __all__ = ["few_channels_in_panels"]
 

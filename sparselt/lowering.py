@@ -320,7 +320,8 @@ def _direct(layer: GraphLayer) -> bool:
 def _bind(sparse: SparseLayer, direct: bool) -> Callable[..., Tensor]:
     """What a graph calls for a sparse layer: the operator with all but its input filled in."""
     parts, meta = sparse.weight.parts(), sparse.weight.meta()
-    bias, lower, upper, kernel = sparse.bias, sparse.lower, sparse.upper, sparse.kernel
+    bias, lower, upper = sparse.bias, sparse.lower, sparse.upper
+    kernel = sparse.kernel or sparse.weight.format
 
     if isinstance(sparse, SparseLinear):
 

@@ -17,6 +17,7 @@ from sparselt import ops
 from sparselt.cuda_rules import BLOCK_FORMATS, FEW_COLUMNS_FORMATS
 from sparselt.errors import KernelError
 from sparselt.facts import sparse_plan
+from sparselt.formats import FORMATS
 from sparselt.packed import PackedWeight, zero_block
 from sparselt.plan import Facts, Plan, candidates
 
@@ -84,10 +85,9 @@ def _by_rule(place: Place, layer: Movable, weight: PackedWeight) -> Plan:
     reason = f"moved to {' in '.join(filter(None, place[:2]))} after planning"
     if device not in _PLANNED or (device == "cuda" and dtype not in _COMPUTED):
         # Torch computes float64 on the dense weight, and a meta tensor not at all.
-        portable = weight.format if weight.format in ("csr", "bsr") else "csr"
-        block = weight.block if portable == weight.format else (1, 1)
-        if portable == "bsell":
-            portable, block = "bsr", (weight.block[0], 1)
+        rows = ("csr", (1, 1))  # what every operation has a kernel for
+        linear = layer.op == "linear"
+        portable, block = FORMATS[weight.format].portable(weight.block) if linear else rows
         return Plan("", portable, f"{reason}: the first kernel that fits", block=block)
     mask = weight.packed().mask()
     facts = Facts(

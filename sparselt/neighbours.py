@@ -69,7 +69,7 @@ def depthwise_conv2d(
     if kernel and kernel not in usable:
         raise KernelError(explain_mismatch("kernel", f"one of {', '.join(usable)}", repr(kernel)))
     y: Tensor = torch.ops.sparselt.depthwise_conv2d(
-        x, weight, bias, residual, stride, padding, dilation, lower, upper, kernel
+        x, weight, bias, residual, stride, padding, dilation, lower, upper, kernel or "dense"
     )
     return y
 

@@ -267,7 +267,8 @@ class SparseLinear(SparseLayer):
             expected = f"(..., {self.in_features})"
             raise ShapeError(explain_mismatch("input", expected, tuple(input.shape)))
         meta = self._modules["weight"]._meta  # type: ignore[union-attr]
-        y: Tensor = _LINEAR(input, parts, meta, bias, None, self.lower, self.upper, self.kernel)
+        kernel = self.kernel or self.weight.format
+        y: Tensor = _LINEAR(input, parts, meta, bias, None, self.lower, self.upper, kernel)
         return y
 
     def _run_dense(self, input: Tensor) -> Tensor:
@@ -346,7 +347,7 @@ class _SparseConv(SparseLayer):
     def _convolve(self, input: Tensor, parts: list[Any], bias: Tensor | None) -> Tensor:
         """The operator call on a batched input of the right channels."""
         geometry, meta = (self._stride, self._padding, self._dilation), self.weight.lifted_meta
-        end = (*geometry, self.groups, self.lower, self.upper, self.kernel)
+        end = (*geometry, self.groups, self.lower, self.upper, self.kernel or self.weight.format)
         try:
             result: Tensor = _CONV2D(input, parts, meta, bias, None, *end)
         except RuntimeError:

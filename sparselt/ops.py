@@ -41,6 +41,9 @@ class PackedMatrix(Protocol):
 
     shape: tuple[int, ...]
 
+    @property
+    def format(self) -> str: ...
+
     def parts(self) -> Sequence[Tensor]: ...
 
     def meta(self) -> list[int]: ...
@@ -89,7 +92,7 @@ def spmm(
         )
     _check_operands(x, weight, bias, residual, (rows, x.shape[1]), (lower, upper), kernel, "spmm")
     y: Tensor = torch.ops.sparselt.spmm(
-        x, weight.parts(), weight.meta(), bias, residual, lower, upper, kernel
+        x, weight.parts(), weight.meta(), bias, residual, lower, upper, kernel or weight.format
     )
     return y
 
@@ -134,7 +137,7 @@ def linear(
         x, weight, bias, residual, (*x.shape[:-1], rows), (lower, upper), kernel, "spmm"
     )
     y: Tensor = torch.ops.sparselt.linear(
-        x, weight.parts(), weight.meta(), bias, residual, lower, upper, kernel
+        x, weight.parts(), weight.meta(), bias, residual, lower, upper, kernel or weight.format
     )
     return y
 
@@ -285,9 +288,8 @@ def _convolve(
     if max(padding) >= 2**15 and math.prod(x.shape[2 + i] + 2 * padding[i] for i in (0, 1)) >> 31:
         raise OptionError(explain_mismatch("padding", "a map below 2**31 pixels", padding))
     _check_operands(x, weight, bias, residual, shape, bounds, kernel, "conv2d")
-    y: Tensor = torch.ops.sparselt.conv2d(
-        x, weight.parts(), meta, bias, residual, stride, padding, dilation, groups, *bounds, kernel
-    )
+    end = (*given, groups, *bounds, kernel or weight.format)
+    y: Tensor = torch.ops.sparselt.conv2d(x, weight.parts(), meta, bias, residual, *end)
     return y
 
 
@@ -371,7 +373,7 @@ def _check_operands(
                 f"{name} requires a gradient, and sparse layers only run forward: call them under "
                 "torch.no_grad(), and train the dense model with its masks instead"
             )
-    check_kernel(kernel, op, weight.parts(), weight.meta()[0], _computed_in(x))
+    check_kernel(kernel, op, weight.format, weight.parts(), weight.meta()[0], _computed_in(x))
 
 
 def _check_dtype(name: str, tensor: Tensor, x: Tensor) -> None:

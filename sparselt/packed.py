@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 from sparselt.errors import FormatError, ShapeError, SparseltError, explain_mismatch
 from sparselt.extension import code_bytes, watch
-from sparselt.formats import BSELL, CSR, FORMATS, SELL, SparseWeight, pack
+from sparselt.formats import FORMATS, SparseWeight, pack
 
 __all__ = ["PackedWeight", "accept_packed_keys", "pack_as", "pack_dense_key", "zero_block"]
 
@@ -27,8 +27,6 @@ _CUDA_BLOCKS = ((128, 128), (64, 64), (32, 32), *_BLOCKS)
 # The share of the zeros that must lie in whole zero blocks, and of the stored blocks that must be
 # kept weights, for a block format to be considered.
 _WHOLE = 0.9
-# The formats that state dicts hold; others are layouts of one kernel.
-_PORTABLE = ("csr", "bsr")
 
 
 class PackedWeight(nn.Module):
@@ -72,7 +70,7 @@ class PackedWeight(nn.Module):
         self.lifted_meta = [*self._meta[:4], *[1] * (4 - len(self.shape)), *self._meta[4:]]
         # Not register_buffer, which asks for the name as an attribute first: see __getattr__.
         self._buffers.update(zip(packed.part_names, packed.parts(), strict=True))
-        watch(self.parts(), self.block[0])
+        watch(self.format, self.parts(), self.block[0])
 
     def parts(self) -> list[Tensor]:
         """The buffers in the order of the format's `part_names`."""
@@ -85,7 +83,7 @@ class PackedWeight(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Of a copy, or of what was pickled: its tensors are new."""
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        watch(self.parts(), self.block[0])
+        watch(self.format, self.parts(), self.block[0])
 
     def packed(self) -> SparseWeight:
         """The weight as an immutable, fully checked `SparseWeight` of float32 values."""
@@ -185,7 +183,7 @@ class PackedWeight(nn.Module):
         self, destination: MutableMapping[str, Any], prefix: str, keep_vars: bool
     ) -> None:
         """Saves what any machine reads: a kernel's own layout goes as compressed rows or blocks."""
-        if self.format in _PORTABLE:
+        if _portable_name(self) == self.format:
             super()._save_to_state_dict(destination, prefix, keep_vars)
             return
         portable = _portable(self.packed())
@@ -205,7 +203,7 @@ class PackedWeight(nn.Module):
         error_msgs: list[str],
     ) -> None:
         """Adopts the parts found, whatever their number of values, after checking every index."""
-        names = FORMATS[_portable_name(self.format)].part_names
+        names = FORMATS[_portable_name(self)].part_names
         absent = [prefix + name for name in names if prefix + name not in state_dict]
         if absent:
             missing_keys.extend(absent if strict else [])
@@ -228,20 +226,16 @@ class PackedWeight(nn.Module):
 
 
 def _portable(packed: SparseWeight) -> SparseWeight:
-    if packed.name in _PORTABLE:
+    """The weight as state dicts hold it: as compressed rows or blocks, which any machine reads."""
+    name, block = packed.portable(packed.block)
+    if name == packed.name:
         return packed
-    if isinstance(packed, BSELL):
-        return packed.to_bsr()
-    if isinstance(packed, SELL):
-        return packed.to_csr()
-    return CSR.from_dense(packed.to_dense(), packed.mask())
+    return pack_as(packed.to_dense(), packed.mask(), name, block)
 
 
-def _portable_name(format: str) -> str:
-    """The format that `_portable` makes of one."""
-    if format in _PORTABLE:
-        return format
-    return "bsr" if format == "bsell" else "csr"
+def _portable_name(weight: PackedWeight) -> str:
+    """The format of `_portable`."""
+    return FORMATS[weight.format].portable(weight.block)[0]
 
 
 def pack_as(

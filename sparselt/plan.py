@@ -13,10 +13,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from sparselt import cuda_rules
-from sparselt.cuda_rules import BLOCK_FORMATS, SEMI_STRUCTURED
+from sparselt.cuda_rules import SEMI_STRUCTURED
 from sparselt.errors import KernelError, OptionError
-from sparselt.layout import block_for
+from sparselt.formats import FORMATS
 from sparselt.registry import Facts, KernelInfo
+from sparselt.rules import RULES, block_for, misfit
 
 __all__ = [
     "DENSE",
@@ -32,24 +33,17 @@ __all__ = [
 ]
 
 DENSE = "dense"
-_CUDA_FORMATS = ("tile8", "patch8", "bitmask", "bsr_nhwc", SEMI_STRUCTURED)
-FORMAT_CHOICES = ("auto", "csr", "bsr", "sell", "bsell", "sign", *_CUDA_FORMATS, DENSE)
+FORMAT_CHOICES = ("auto", *FORMATS, SEMI_STRUCTURED, DENSE)
 
 # Which kernels of the registry serve an operation: linear is spmm, conv1d is conv2d with H = 1.
 _KERNEL_OP = {"spmm": "spmm", "linear": "spmm", "conv1d": "conv2d", "conv2d": "conv2d"}
 
-# Density below which a kernel is expected to beat dense, where nobody measured: the AVX2 kernels
-# break even with oneDNN on AVX-512 at 0.2 to 0.5, one thread, unit strides, ResNet-50's shapes.
-# Cautious on purpose: a wrong guess costs speed, and example inputs replace it by a measurement.
-_PAYS_BELOW = {"csr": 0.20, "bsr": 0.40, "sell": 0.30, "bsell": 0.45, "sign": 0.45}
+# Densities in place of the format's own, for kernels that do less well than its others.
 _PAYS_BELOW_SCALAR = 0.05
 _PAYS_BELOW_ONE_COLUMN = 0.15
 
 # Generated code takes its time to read, so it wants many columns to be run for.
 _CODE_COLUMNS = 512
-
-# Panels copy the x of each group, which few rows use too little.
-_LEAST_GROUP_ROWS = 8
 
 # A dot product shorter than this (a depthwise filter, a 3-channel first convolution) leaves a
 # sparse kernel too little to skip.
@@ -215,19 +209,13 @@ def _refusal(facts: Facts, kernel: KernelInfo) -> str:
         return f"runs on {kernel.device}, the layer is on {facts.device}"
     if kernel.dtype != facts.dtype:
         return f"computes {kernel.dtype}, the weight is {facts.dtype}"
-    if kernel.format in (*BLOCK_FORMATS, "bsell") and facts.block == (1, 1):
-        return "the zeros do not come in blocks"
-    if kernel.format == "bsell" and facts.block_rows % 4:
-        return "the rows of the blocks are no multiple of 4"
-    if kernel.format == "sell" and facts.groups > 1 and facts.group_rows < _LEAST_GROUP_ROWS:
-        return f"is for groups of at least {_LEAST_GROUP_ROWS} rows"
-    if kernel.format == "sign" and not facts.one_magnitude:
-        return "the weights of a row differ in magnitude"
+    if unfit := misfit(facts, kernel):
+        return unfit
     if kernel.op == "spmv" and (facts.columns is None or facts.columns > kernel.tile_columns):
         return f"is for at most {kernel.tile_columns} columns"
     if kernel.op == "code" and facts.columns is not None and facts.columns < _CODE_COLUMNS:
         return f"is for at least {_CODE_COLUMNS} columns"
-    if kernel.format not in FORMAT_CHOICES:
+    if kernel.format not in FORMATS:
         return f"no layer is packed as {kernel.format} yet"
     if kernel.device == "cuda" and (unfit := cuda_rules.refusal(facts, kernel)):
         return unfit
@@ -315,10 +303,10 @@ def _by_rule(facts: Facts, considered: tuple[Candidate, ...], pool: list[Candida
 
 
 def _expected_best(facts: Facts, pool: list[Candidate]) -> Candidate:
-    """Blocks share each activation they load among their rows, so they win where they exist."""
+    """The first of the format that pays the earliest: one for a pattern, where it has that one."""
     if facts.device == "cuda":
         return min(pool, key=lambda item: cuda_rules.preference(facts, item.format))
-    return next((item for item in pool if item.format in ("bsr", "bsell")), pool[0])
+    return max(pool, key=lambda item: _pays_below(facts, item))
 
 
 def _pays_below(facts: Facts, best: Candidate) -> float:
@@ -328,7 +316,7 @@ def _pays_below(facts: Facts, best: Candidate) -> float:
         return _PAYS_BELOW_SCALAR
     if facts.columns == 1 and best.format == "csr":
         return _PAYS_BELOW_ONE_COLUMN
-    return _PAYS_BELOW[best.format]
+    return RULES[best.format].pays_below
 
 
 def _fastest(pool: list[Candidate]) -> Candidate:

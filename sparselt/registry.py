@@ -15,14 +15,13 @@ class KernelInfo:
 
     Attributes:
         name: the kernel's one name, for example "csr_spmm_avx2".
-        op: "spmm", "conv2d", "panel" for a kernel that serves both, "spmv" for one that serves
-            spmm where there are few columns, or "depthwise".
+        op: "spmm", "conv2d", "panel" or "code" for a kernel that serves both, "spmv" for one that
+            serves spmm where there are few columns, or "depthwise".
         format: the weight format it reads, a key of `sparselt.formats.FORMATS`, or "dense".
         device: "cpu" or "cuda".
         features: CPU features it needs.
-        tile_rows: output rows computed together; of a kernel for SELL or sign, the slice height it
-            reads
-            (1 for any).
+        tile_rows: output rows computed together; of a "panel", "code" or "spmv" kernel the slice
+            height that it reads (1 for any).
         tile_columns: columns (pixels, batch items) computed together.
         dtype: the element type of values and activations, for example "float32".
         usable: whether it was built and can run here.
@@ -48,7 +47,8 @@ class KernelInfo:
 
     def serves(self, op: str, format: str, block_rows: int) -> bool:
         """Whether it runs `op` on weights of `format` with blocks (slices) of `block_rows` rows."""
-        fits = self.format not in ("sell", "sign") or self.tile_rows in (1, block_rows)
+        walks_slices = self.op in ("panel", "code", "spmv")
+        fits = not walks_slices or self.tile_rows in (1, block_rows)
         return op in self.operations and self.format == format and fits
 
 
@@ -95,7 +95,7 @@ class Facts:
     @property
     def block_rows(self) -> int:
         """Rows of blocks that no group of a convolution ends inside of."""
-        return math.gcd(self.block[0], self.group_rows)
+        return self.block[0] if self.groups == 1 else math.gcd(self.block[0], self.group_rows)
 
     @property
     def group_rows(self) -> int:

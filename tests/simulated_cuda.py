@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 import torch
-from cuda_host import Host
+from cuda_host import Host, registered
 from cuda_host.operators import CPU, Launch, operators
 from torch import Tensor, nn
 from torch.nn import functional
@@ -180,7 +180,7 @@ class Gpu(TorchDispatchMode):
             )
         x, (parts, meta, bias, residual, *rest) = args[0], args[1 + op.endswith("_out") :]
         *geometry, lower, upper, _ = rest
-        format_name = extension._format_of(parts)
+        format_name = registered()[launch.kernel][1]
         block = None if format_name == "csr" else tuple(meta[:2])
         values = [*parts[:-1], parts[-1].float()]
         weight = FORMATS[format_name].from_parts(values, meta[2:], block).to_dense().double()

@@ -277,7 +277,7 @@ def raw(**changes: object) -> object:
         "residual": None,
         "lower": None,
         "upper": None,
-        "kernel": "",
+        "kernel": "csr",
         **changes,
     }
     return torch.ops.sparselt.spmm(*arguments.values())
@@ -311,10 +311,10 @@ RAW: dict[str, Callable[[], object]] = {
     "limits crossed": lambda: raw(lower=1.0, upper=0.0),
     "unknown kernel": lambda: raw(kernel="fast"),
     "out of another shape": lambda: torch.ops.sparselt.spmm_out(
-        X, torch.empty(4, 4), W.parts(), W.meta(), None, None, None, None, ""
+        X, torch.empty(4, 4), W.parts(), W.meta(), None, None, None, None, "csr"
     ),
     "out strided": lambda: torch.ops.sparselt.spmm_out(
-        X, torch.empty(5, 4).T, W.parts(), W.meta(), None, None, None, None, ""
+        X, torch.empty(5, 4).T, W.parts(), W.meta(), None, None, None, None, "csr"
     ),
 }
 GEOMETRY = {
@@ -341,7 +341,7 @@ def test_the_raw_spmm_refuses(name: str) -> None:
 def test_the_raw_conv2d_refuses(name: str) -> None:
     with pytest.raises(RuntimeError):
         torch.ops.sparselt.conv2d(
-            MAP, F2.parts(), F2.meta(), None, None, *GEOMETRY[name], None, None, ""
+            MAP, F2.parts(), F2.meta(), None, None, *GEOMETRY[name], None, None, "csr"
         )
 
 

@@ -308,19 +308,19 @@ def test_fake_tensors_tell_shape_type_device_and_layout(dtype: torch.dtype) -> N
             made = mode.from_tensor(tensor).to("cuda:0")
             return made.to(dtype) if made.is_floating_point() else made
 
-        none = (None, None, None, None, "")
+        none = (None, None, None, None)
         for packed in matrices:
             parts, meta = [there(part) for part in packed.parts()], packed.meta()
             x = torch.empty(5, 48, device="cuda", dtype=dtype)
-            y = torch.ops.sparselt.linear(x, parts, meta, *none)
+            y = torch.ops.sparselt.linear(x, parts, meta, *none, packed.name)
             assert (y.shape, y.dtype, y.device.type) == ((5, 40), dtype, "cuda")
-            y = torch.ops.sparselt.spmm(x.mT, parts, meta, *none)
+            y = torch.ops.sparselt.spmm(x.mT, parts, meta, *none, packed.name)
             assert (y.shape, y.dtype, y.stride()) == ((40, 5), dtype, (5, 1))
         for packed, layout in banks.items():
             parts, meta = [there(part) for part in packed.parts()], packed.meta()
-            geometry = ((1, 1), (1, 1), (1, 1), 1)
+            end = (*none[:2], (1, 1), (1, 1), (1, 1), 1, *none[2:], packed.name)
             x = torch.empty(2, 16, 8, 9, device="cuda", dtype=dtype)
-            y = torch.ops.sparselt.conv2d(x, parts, meta, None, None, *geometry, *none[2:])
+            y = torch.ops.sparselt.conv2d(x, parts, meta, *end)
             assert (y.shape, y.dtype, y.device.type) == ((2, 32, 8, 9), dtype, "cuda")
             assert y.is_contiguous(memory_format=layout)
 

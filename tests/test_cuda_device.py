@@ -249,7 +249,7 @@ def test_mixed_devices_and_types_are_refused() -> None:
     case = SpmmCase(5, 6, 7)
     weight = case.weight()
     parts = on_gpu(weight, torch.float32)
-    none = (None, None, None, None, "")
+    none = (None, None, None, None, "csr")
     with pytest.raises(RuntimeError, match="expected a tensor on device"):
         torch.ops.sparselt.spmm(case.x().cuda(), list(weight.parts()), weight.meta(), *none)
     with pytest.raises(RuntimeError, match="dtype"):
@@ -263,7 +263,7 @@ def test_every_device_runs_its_own_tensors() -> None:
         pytest.skip("one CUDA device")
     case = SpmmCase(20, 30, 9)
     x, weight = case.x().to("cuda:1"), case.weight().to("cuda:1")
-    none = (None, None, None, None, "")
+    none = (None, None, None, None, "csr")
     y = torch.ops.sparselt.spmm(x, list(weight.parts()), weight.meta(), *none)
     assert y.device == x.device
     assert_close(case, y.cpu(), reference.spmm, case.weight(), case.x())

@@ -102,7 +102,7 @@ def test_packing_on_the_device_gives_what_the_cpu_gives(format: str) -> None:
 def test_operators_pass_every_check_of_torch(op: str) -> None:
     matrix = sparselt.pack(pruned(nn.Linear(40, 24)).weight.cuda())
     filters = sparselt.pack(pruned(nn.Conv2d(8, 12, 3)).weight.cuda())
-    end = (None, None, 0.0, None, "")
+    end = (None, None, 0.0, None, "csr")
     arguments = {
         "spmm": (torch.randn(40, 9).cuda(), list(matrix.parts()), matrix.meta(), *end),
         "linear": (torch.randn(9, 40).cuda(), list(matrix.parts()), matrix.meta(), *end),

@@ -124,7 +124,7 @@ def csr(device: int, stack: Stack, **changes: Any) -> Any:
     named = {
         "x": torch.ones(4, 2), "out": torch.empty(4, 2), "parts": list(weight.parts()),
         "meta": weight.meta(), "bias": torch.ones(4), "residual": torch.ones(4, 2),
-        "lower": None, "upper": None, "kernel": "",
+        "lower": None, "upper": None, "kernel": "csr",
     }  # fmt: skip
     elsewhere = changes.pop("elsewhere", {})
     named |= changes
@@ -170,7 +170,7 @@ def test_operand_of_another_device_is_refused(stack: Stack, name: str, place: in
         ({"meta": [0, 1, 4, 4]}, "blocks must be at least 1 x 1"),
         ({"meta": [1, 1, 5, 4]}, "crow_indices: expected 6 contiguous elements, got 5"),
         ({"lower": 1.0, "upper": 0.0}, "lower: expected at most upper"),
-        ({"kernel": "csr_spmm_avx2"}, r"expected a CUDA kernel for spmm on format csr .*csr_spmm_"),
+        ({"kernel": "csr_spmm_avx2"}, r"expected a CUDA kernel for spmm in float32.*csr_spmm_"),
     ],
     ids=str,
 )
@@ -226,7 +226,7 @@ def failing(code: int) -> Callable[[Launch], int]:
 )
 def test_launch_that_fails_is_an_error_with_a_reason(stack: Stack, code: int, message: str) -> None:
     weight = CSR.from_dense(torch.eye(4))
-    end = (None, None, None, None, "")
+    end = (None, None, None, None, "csr")
     with pytest.raises(RuntimeError, match=message):
         stack.ops.call(
             "spmm", torch.ones(4, 2), list(weight.parts()), weight.meta(), *end,
@@ -242,7 +242,7 @@ def test_empty_products_allocate_a_result_and_nothing_else(stack: Stack, format:
         parts = [p.to(dtype) if p.is_floating_point() else p for p in weight.parts()]
         y = stack(
             "spmm", torch.ones(cols, columns, dtype=dtype), parts, weight.meta(),
-            *(None, None, None, None, ""),
+            *(None, None, None, None, format),
         )  # fmt: skip
         assert torch.equal(y, torch.zeros(rows, columns, dtype=dtype))
 

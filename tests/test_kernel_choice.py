@@ -138,13 +138,13 @@ def test_groups_of_a_weight_that_was_packed_for_others_are_refused(kernel: Kerne
 
 
 @pytest.mark.parametrize("format", ["csr", "bsr"])
-def test_no_name_means_the_first_usable_kernel(format: str) -> None:
+def test_a_format_stands_for_its_first_usable_kernel(format: str) -> None:
     case = SpmmCase(33, 65, 1, density=0.6)
     weight = case.weight(format)
     kernels = [k for k in ops.kernels() if (k.op, k.format) == ("spmm", format)]
     first = next(k for k in kernels if k.usable and k.device == "cpu")
     by_default = torch.ops.sparselt.spmm(
-        case.x(), weight.parts(), weight.meta(), None, None, None, None, ""
+        case.x(), weight.parts(), weight.meta(), None, None, None, None, format
     )
     assert torch.equal(by_default, spmm(first, weight, case.x()))
 

@@ -90,7 +90,7 @@ def test_nan_and_infinity_stay_where_torch_has_them(kernel: KernelInfo) -> None:
 
 def test_an_operator_check_finds_nothing() -> None:
     x, weight, bias, (stride, padding, dilation) = problem(GEOMETRIES[1])
-    arguments = (x, weight, bias, None, stride, padding, dilation, 0.0, 6.0, "")
+    arguments = (x, weight, bias, None, stride, padding, dilation, 0.0, 6.0, "dense")
     tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
     torch.library.opcheck(torch.ops.sparselt.depthwise_conv2d.default, arguments, test_utils=tests)
 

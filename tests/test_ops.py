@@ -74,7 +74,7 @@ def test_every_operation_matches_the_reference(format: str, name: str) -> None:
 
 def schema_arguments(name: str) -> tuple[object, ...]:
     weight, filters = MATRIX.weight(), FILTERS.weight()
-    clamp = (0.0, None, "")
+    clamp = (0.0, None, "csr")
     matrix = (weight.parts(), weight.meta(), MATRIX.bias(), MATRIX.residual(), *clamp)
     geometry = (FILTERS.stride, FILTERS.padding, FILTERS.dilation, FILTERS.groups)
     image = (filters.parts(), filters.meta(), FILTERS.bias(), FILTERS.residual(), *geometry, *clamp)

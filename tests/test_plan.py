@@ -10,7 +10,6 @@ import pytest
 
 from sparselt.errors import KernelError, OptionError
 from sparselt.formats import FORMATS
-from sparselt.layout import block_for
 from sparselt.plan import (
     DENSE,
     FORMAT_CHOICES,
@@ -21,6 +20,7 @@ from sparselt.plan import (
     candidates,
     choose,
 )
+from sparselt.rules import block_for
 
 
 def kernel(name: str, **changes: object) -> KernelInfo:

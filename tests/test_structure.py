@@ -70,7 +70,7 @@ GRAPH = {
     "portable",
 }
 WHOLE_MODEL = (
-    LAYER | GRAPH | {"layout", "tune_cache", "tune", "conversion", "explanation", "program"}
+    LAYER | GRAPH | {"rules", "tune_cache", "tune", "conversion", "explanation", "program"}
 )
 EVERYTHING = WHOLE_MODEL | {"lottery", "measure", "reference", "sparselt"}
 # What each unit (a module or a package right under sparselt) may import, itself aside. A unit that
@@ -80,9 +80,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "formats": BASE,
     "tickets": BASE,
     "registry": BASE,
-    "layout": {"registry", "cuda_rules"},
+    "rules": {"registry"},
     "cuda_rules": {"registry"},
-    "plan": BASE | {"registry", "layout", "cuda_rules"},
+    "plan": BASE | {"formats", "registry", "rules", "cuda_rules"},
     "reference": BASE | {"formats"},
     "lottery": BASE | {"tickets"},
     "packed": BASE | {"formats", "extension"},
@@ -105,7 +105,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "layers": {"fuse"},
     "pooling": BASE | {"fuse"},
     "builder": {"extension"},
-    "few_channels": LAYER | {"layout", "neighbours"},
+    "few_channels": LAYER | {"rules", "neighbours"},
     "emit": LAYER | {"builder", "emit_views", "extension", "few_channels", "fuse", "neighbours"},
     "emit_views": {"builder", "fuse"},
     "native": {"builder", "emit", "emit_views", "extension", "fuse"},

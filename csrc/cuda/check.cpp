@@ -62,15 +62,23 @@ int64_t blocks_along(int64_t size, int64_t block) { return (size + block - 1) / 
 
 // Lengths and shapes only: what the arrays hold is on the device, and reading it would wait for the
 // stream.
-void check_compressed(const Input& input, const Parts& parts, Weight& weight) {
-  weight.index_size = parts[1].dim() == 2 ? 2 : 1;
-  weight.stored = parts[1].numel() / weight.index_size;
+void check_indexed(const Input& input, const Parts& parts, int64_t index_size, Weight& weight) {
+  weight.index_size = index_size;
+  weight.stored = parts[1].numel() / index_size;
   weight.parts[0] = check_part(input, parts[0], "crow_indices", ScalarType::Int,
                                blocks_along(weight.rows, weight.block_rows) + 1);
-  weight.parts[1] = check_part(input, parts[1], "col_indices", ScalarType::Int,
-                               weight.stored * weight.index_size);
+  weight.parts[1] =
+      check_part(input, parts[1], "col_indices", ScalarType::Int, weight.stored * index_size);
   weight.parts[2] = check_part(input, parts[2], "values", input.type,
                                weight.stored * weight.block_rows * weight.block_cols);
+}
+
+void check_compressed(const Input& input, const Parts& parts, Weight& weight) {
+  check_indexed(input, parts, 1, weight);
+}
+
+void check_bsr_nhwc(const Input& input, const Parts& parts, Weight& weight) {
+  check_indexed(input, parts, 2, weight);
 }
 
 void check_tile8(const Input& input, const Parts& parts, Weight& weight) {
@@ -84,29 +92,51 @@ void check_tile8(const Input& input, const Parts& parts, Weight& weight) {
   weight.parts[3] = check_part(input, parts[3], "values", input.type, stored);
 }
 
-// Of 32 rows by 256 columns a group, in patches of block_rows x block_cols.
-void check_patches(const Input& input, const Parts& parts, Weight& weight, bool bitmask) {
+// What patch8 and bitmask share, of 32 rows by 256 columns a group, in patches of block_rows x
+// block_cols. Returns the number of patches.
+int64_t check_patches(const Input& input, const Parts& parts, Weight& weight) {
   constexpr int64_t kLanes = 32;
   const int64_t groups = blocks_along(weight.rows, 32) * blocks_along(weight.cols, 256);
-  const int64_t stored = parts[3].numel();
   weight.parts[0] = check_part(input, parts[0], "chunk_offsets", ScalarType::Int, groups + 1);
   weight.parts[1] = check_part(input, parts[1], "counts", ScalarType::Byte, groups * kLanes);
-  weight.parts[2] = bitmask
-                        ? check_part(input, parts[2], "masks", ScalarType::Int, groups * kLanes * 8)
-                        : check_part(input, parts[2], "places", ScalarType::Byte, stored);
-  weight.parts[3] = check_part(input, parts[3], "values", input.type, stored);
+  weight.parts[3] = check_part(input, parts[3], "values", input.type, parts[3].numel());
+  return groups * kLanes;
 }
 
-// values of CSR are (nnz,), those of blocks (blocks, block_rows, block_cols), even when a block is
-// 1 x 1; an index of bsr_nhwc is two numbers; tile8, patch8
-// and bitmask have a fourth part, and their third is a matrix, a vector or more than that.
-std::string_view format_of(const Parts& parts) {
-  if (parts.size() == 4) {
-    const int64_t dims = parts[2].dim();
-    return dims == 1 ? "patch8" : dims == 2 ? "tile8" : "bitmask";
+void check_patch8(const Input& input, const Parts& parts, Weight& weight) {
+  check_patches(input, parts, weight);
+  weight.parts[2] = check_part(input, parts[2], "places", ScalarType::Byte, parts[3].numel());
+}
+
+void check_bitmask(const Input& input, const Parts& parts, Weight& weight) {
+  const int64_t patches = check_patches(input, parts, weight);
+  weight.parts[2] = check_part(input, parts[2], "masks", ScalarType::Int, patches * 8);
+}
+
+// How the parts of a format are checked, and how x and y are laid out for its convolutions.
+struct Format {
+  std::string_view name;
+  size_t parts;
+  int64_t rank;  // of the third part, which tells similar formats apart
+  void (*check)(const Input& input, const Parts& parts, Weight& weight);
+  MemoryFormat layout = MemoryFormat::Contiguous;
+};
+
+// A line a format that kernels of CUDA read.
+constexpr Format kFormats[] = {
+    {"csr", 3, 1, check_compressed},
+    {"bsr", 3, 3, check_compressed},
+    {"bsr_nhwc", 3, 3, check_bsr_nhwc, MemoryFormat::ChannelsLast},
+    {"tile8", 4, 2, check_tile8},
+    {"patch8", 4, 1, check_patch8},
+    {"bitmask", 4, 4, check_bitmask},
+};
+
+const Format& find_format(std::string_view name) {
+  for (const Format& format : kFormats) {
+    if (format.name == name) return format;
   }
-  if (parts[1].dim() == 2) return "bsr_nhwc";
-  return parts[2].dim() == 1 ? "csr" : "bsr";
+  STD_TORCH_CHECK(false, "format ", name, " has no line in cuda/check.cpp");
 }
 
 }  // namespace
@@ -116,9 +146,9 @@ Ints shape_of(const Tensor& tensor) {
   return {sizes.begin(), sizes.end()};
 }
 
-MemoryFormat layout_for(const Parts& parts) {
-  return parts.size() == 3 && format_of(parts) == "bsr_nhwc" ? MemoryFormat::ChannelsLast
-                                                             : MemoryFormat::Contiguous;
+MemoryFormat layout_for(const std::string& kernel) {
+  const std::string_view format = format_of(kernel);
+  return format.empty() ? MemoryFormat::Contiguous : find_format(format).layout;
 }
 
 Input as_input(const Tensor& x, MemoryFormat layout) {
@@ -141,9 +171,11 @@ Tensor as_operand(const Input& input, const Tensor& tensor, const char* name, Me
 
 CheckedWeight as_weight(const Input& input, const Parts& parts, const Ints& meta,
                         const std::string& kernel, std::string_view op, size_t dims) {
-  STD_TORCH_CHECK(parts.size() == 3 || parts.size() == 4,
-                  "parts: expected the 3 of CSR or BSR or the 4 of tile8, patch8 or bitmask, got ",
-                  parts.size(), " tensors; pack the weight with format='csr' for CUDA");
+  const KernelInfo& found = find_kernel(kernel, op, type_name(input.type), input.device);
+  const Format& format = find_format(found.format);
+  STD_TORCH_CHECK(parts.size() == format.parts && parts[2].dim() == format.rank,
+                  "parts: expected the ", format.parts, " of format ", format.name, ", which ",
+                  found.name, " reads, got those of another");
   STD_TORCH_CHECK(meta.size() == dims + 2, "meta: expected block_rows, block_cols and a shape of ",
                   dims, " sizes, got ", meta.size(), " numbers");
   Weight weight{};
@@ -158,15 +190,8 @@ CheckedWeight as_weight(const Input& input, const Parts& parts, const Ints& meta
   STD_TORCH_CHECK(
       weight.rows >= 0 && weight.cols >= 0 && weight.rows <= kLargest && weight.cols <= kLargest,
       "meta: expected sizes from 0 to ", kLargest);
-  const std::string_view format = format_of(parts);
-  if (format == "tile8") {
-    check_tile8(input, parts, weight);
-  } else if (format == "patch8" || format == "bitmask") {
-    check_patches(input, parts, weight, format == "bitmask");
-  } else {
-    check_compressed(input, parts, weight);
-  }
-  return {&find_kernel(kernel, op, format, type_name(input.type), input.device), weight};
+  format.check(input, parts, weight);
+  return {&found, weight};
 }
 
 HeldEpilogue as_epilogue(const Input& input, const OptionalTensor& bias,

@@ -22,8 +22,8 @@ struct Input {
 };
 Input as_input(const Tensor& x, MemoryFormat layout = MemoryFormat::Contiguous);
 
-// The layout of x that kernels for a convolution's weight read.
-MemoryFormat layout_for(const Parts& parts);
+// The layout of x that a kernel for convolutions, or all of a format, read.
+MemoryFormat layout_for(const std::string& kernel);
 
 // A tensor of the input's type on its device, contiguous in `layout`; `name` is for the error.
 Tensor as_operand(const Input& input, const Tensor& tensor, const char* name, MemoryFormat layout);

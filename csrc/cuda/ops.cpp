@@ -116,7 +116,7 @@ Tensor linear(Tensor x, Parts parts, Ints meta, OptionalTensor bias, OptionalTen
 void conv2d_out(Tensor x, Tensor out, Parts parts, Ints meta, OptionalTensor bias,
                 OptionalTensor residual, Ints stride, Ints padding, Ints dilation, int64_t groups,
                 OptionalBound lower, OptionalBound upper, std::string kernel) {
-  const Input input = as_input(x, layout_for(parts));
+  const Input input = as_input(x, layout_for(kernel));
   const CheckedWeight checked = as_weight(input, parts, meta, kernel, "conv2d", 4);
   const Ints shape = conv2d_shape(x, meta, stride, padding, dilation, groups);
   check_output(input, out, shape);
@@ -147,7 +147,7 @@ Tensor conv2d(Tensor x, Parts parts, Ints meta, OptionalTensor bias, OptionalTen
               Ints stride, Ints padding, Ints dilation, int64_t groups, OptionalBound lower,
               OptionalBound upper, std::string kernel) {
   const Tensor out =
-      new_output(x, layout_for(parts), conv2d_shape(x, meta, stride, padding, dilation, groups));
+      new_output(x, layout_for(kernel), conv2d_shape(x, meta, stride, padding, dilation, groups));
   conv2d_out(x, out, std::move(parts), std::move(meta), bias, residual, std::move(stride),
              std::move(padding), std::move(dilation), groups, lower, upper, std::move(kernel));
   return out;

@@ -72,11 +72,6 @@ bool is_built_for(int capability) {
   }
 }
 
-bool fits(const KernelInfo& kernel, std::string_view op, std::string_view format,
-          std::string_view dtype) {
-  return kernel.op == op && kernel.format == format && kernel.dtype == dtype;
-}
-
 }  // namespace
 
 std::span<const KernelInfo> kernels() { return kTable; }
@@ -102,22 +97,28 @@ std::string why_unusable(std::string_view isa, int device) {
          how_to_rebuild(device);
 }
 
-const KernelInfo& find_kernel(std::string_view name, std::string_view op, std::string_view format,
-                              std::string_view dtype, int device) {
+std::string_view format_of(std::string_view name) {
+  for (const KernelInfo& kernel : kTable) {
+    if (kernel.name == name || kernel.format == name) return kernel.format;
+  }
+  return {};
+}
+
+const KernelInfo& find_kernel(std::string_view name, std::string_view op, std::string_view dtype,
+                              int device) {
   std::string names;
   std::string refusal;
   for (const KernelInfo& kernel : kTable) {
-    if (!fits(kernel, op, format, dtype)) continue;
+    if (kernel.op != op || kernel.dtype != dtype) continue;
     names.append(names.empty() ? "" : ", ").append(kernel.name);
-    if (!name.empty() && kernel.name != name) continue;
+    if (kernel.name != name && kernel.format != name) continue;
     const std::string reason = why_unusable(kernel.isa, device);
     if (reason.empty()) return kernel;
     refusal = std::string(kernel.name) + " cannot run here: " + reason;
   }
   if (!refusal.empty()) throw std::runtime_error(refusal);
-  throw std::runtime_error("kernel: expected a CUDA kernel for " + std::string(op) + " on format " +
-                           std::string(format) + " in " + std::string(dtype) + " (" +
-                           (names.empty() ? "there is none" : names) + "), got '" +
+  throw std::runtime_error("kernel: expected a CUDA kernel for " + std::string(op) + " in " +
+                           std::string(dtype) + ", or a format of theirs (" + names + "), got '" +
                            std::string(name) + "'");
 }
 

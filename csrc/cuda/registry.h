@@ -32,9 +32,12 @@ std::string why_unusable(std::string_view isa, int device);
 // What to set to build for a device.
 std::string how_to_rebuild(int device);
 
-// The kernel called `name`, or with an empty name the first usable one, for an operation on a
-// format and type on a device. Throws with the names that would do.
-const KernelInfo& find_kernel(std::string_view name, std::string_view op, std::string_view format,
-                              std::string_view dtype, int device);
+// The kernel called `name`, or the first usable one of the format called so, for an operation on a
+// type on a device. Throws with the names that would do.
+const KernelInfo& find_kernel(std::string_view name, std::string_view op, std::string_view dtype,
+                              int device);
+
+// The format of the kernel called `name`, or `name` itself where it is a format; empty for neither.
+std::string_view format_of(std::string_view name);
 
 }  // namespace sparselt::cuda

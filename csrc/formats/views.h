@@ -1,21 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The parts of a packed weight as kernels see them. Types and lengths are checked here; the indices
+// The parts of a packed weight as kernels see them: one view a format, chosen by the format that
+// the registry names for the kernel. Types, ranks and lengths are checked here; the indices
 // themselves were checked when the weight was made.
 #pragma once
 
-#include "kernels.h"
 #include "ops/ops.h"
+#include "ops/weight.h"
 
 namespace sparselt {
 
-// The format that parts belong to, by their number and rank: "csr", "bsr", "sell", "bsell" or
-// "sign".
-const char* format_of(const Parts& parts);
-
-// `block` is block_rows, block_cols; the weight's flattened shape is rows x cols.
-SparseView as_sparse_view(const Parts& parts, const int64_t* block, int64_t rows, int64_t cols);
-// Of sell, bsell and sign.
-SellView as_sell_view(const Parts& parts, const int64_t* block, int64_t rows, int64_t cols);
+// Fills in the view that `weight.kernel` reads; the weight's rows and cols are known. `block` is
+// block_rows, block_cols.
+void view_parts(const Parts& parts, const int64_t* block, Weight& weight);
 
 }  // namespace sparselt

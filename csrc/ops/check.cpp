@@ -46,16 +46,11 @@ Weight as_weight(const Parts& parts, const Ints& meta, const std::string& kernel
   weight.rows = meta[2];
   weight.cols = 1;
   for (size_t i = 3; i < meta.size(); ++i) weight.cols *= meta[i];
-  const std::string_view format = format_of(parts);
-  weight.kernel = &find_kernel(kernel, op, format, meta[0]);
-  if (format == "sell" || format == "bsell" || format == "sign") {
-    weight.sell = as_sell_view(parts, meta.data(), weight.rows, weight.cols);
-    if (weight.kernel->op == "code") {
-      weight.code = code_for(parts, weight.sell);
-      weight.sell.code = weight.code->view();
-    }
-  } else {
-    weight.view = as_sparse_view(parts, meta.data(), weight.rows, weight.cols);
+  weight.kernel = &find_kernel(kernel, op, meta[0]);
+  view_parts(parts, meta.data(), weight);
+  if (weight.kernel->op == "code") {
+    weight.code = code_for(parts, weight.sell);
+    weight.sell.code = weight.code->view();
   }
   return weight;
 }

@@ -70,7 +70,7 @@ ConvProblem make_depthwise_problem(const Ints& x_shape, const Tensor& weight, co
 
 TaskPointer make_depthwise_task(const Team& team, const ConvProblem& problem, const float* weight,
                                 const Epilogue& epilogue, const std::string& kernel) {
-  const KernelInfo& chosen = find_kernel(kernel, "depthwise", "dense", 1);
+  const KernelInfo& chosen = find_kernel(kernel, "depthwise", 1);
   return std::make_unique<DepthwiseTask>(team, chosen, problem, weight, epilogue);
 }
 

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // The operators that bindings.cpp registers for the CPU. Each one checks its arguments, allocates,
-// splits the work over torch's threads, and calls the kernel named by its last argument (empty: the
-// first usable one of kernels.inc).
+// splits the work over torch's threads, and calls the kernel named by its last argument, or the
+// first usable one of kernels.inc for the format named there.
 //
 //   parts   the weight's arrays: crow_indices int32, col_indices int32, values float32. Their
 //   indices are trusted here: the

@@ -16,8 +16,7 @@ constexpr int64_t kLeastLanes = 8;
 
 // Columns of x into `lanes` floats a row, by blocks of the weight's columns; see SpmvCall.
 template <int64_t kLanes>
-void lay_out(const SellView& w, bool mirrored, const float* x, Layout layout, int64_t columns,
-             float* to) {
+void lay_out(const SellView& w, const float* x, Layout layout, int64_t columns, float* to) {
   const int64_t block_floats = (w.block_cols + 1) * kLanes;
   for (int64_t block = 0; block < w.num_blocks; ++block) {
     const int64_t first = block * w.block_cols;
@@ -30,14 +29,14 @@ void lay_out(const SellView& w, bool mirrored, const float* x, Layout layout, in
     }
     to += (first + w.block_cols - last) * kLanes;
     for (int64_t n = 0; n < kLanes; ++n) *to++ = 0.0f;
-    if (!mirrored) continue;
+    if (!w.mirrored) continue;
     for (int64_t i = 0; i < (last - first) * kLanes; ++i) to[i] = -to[i - block_floats];
     to += block_floats;
   }
 }
 
-using LayOut = void (*)(const SellView& w, bool mirrored, const float* x, Layout layout,
-                        int64_t columns, float* to);
+using LayOut = void (*)(const SellView& w, const float* x, Layout layout, int64_t columns,
+                        float* to);
 
 LayOut lay_out_by(int64_t lanes) {
   if (lanes == 1) return lay_out<1>;
@@ -53,8 +52,7 @@ class SpmvTask final : public Task {
         x_layout_(x_layout),
         y_layout_(y_layout),
         epilogue_(epilogue),
-        mirrored_(weight.kernel->format == "sign"),
-        block_rows_((weight.sell.block_cols + 1) * (mirrored_ ? 2 : 1)) {
+        block_rows_((weight.sell.block_cols + 1) * (weight.sell.mirrored ? 2 : 1)) {
     const SellView& w = weight_.sell;
     const int64_t most = weight_.kernel->tile_columns;
     const int64_t groups = (columns + most - 1) / most;
@@ -84,8 +82,8 @@ class SpmvTask final : public Task {
       const Range some = even_range(static_cast<int64_t>(groups_.size()), part, laying_parts_);
       for (int64_t i = some.begin; i < some.end; ++i) {
         const Group& group = groups_[static_cast<size_t>(i)];
-        lay_out_by(group.lanes)(w, mirrored_, operands.x + group.first * x_layout_.column_stride,
-                                x_layout_, group.count, operands.shared + group.offset);
+        lay_out_by(group.lanes)(w, operands.x + group.first * x_layout_.column_stride, x_layout_,
+                                group.count, operands.shared + group.offset);
       }
       return;
     }
@@ -119,7 +117,6 @@ class SpmvTask final : public Task {
   const Layout x_layout_;
   const Layout y_layout_;
   const Epilogue epilogue_;
-  const bool mirrored_;
   const int64_t block_rows_;  // of x, a block
   std::vector<Group> groups_;
   int64_t floats_ = 0;

@@ -14,7 +14,7 @@ struct Weight {
   int64_t rows;
   int64_t cols;
   SparseView view;                             // of csr and bsr
-  SellView sell;                               // of sell, bsell and sign
+  SellView sell;                               // of the sliced formats
   std::shared_ptr<const jit::PanelCode> code;  // what sell.code points into
 };
 

@@ -121,6 +121,11 @@ class SparseWeight(ABC):
         )
 
     @property
+    def format(self) -> str:
+        """The format's key in `FORMATS`."""
+        return self.name
+
+    @property
     def rows(self) -> int:
         """M, the number of output features or channels."""
         return self.shape[0]
@@ -217,6 +222,11 @@ class SparseWeight(ABC):
     @abstractmethod
     def check_block(cls, block: tuple[int, int] | None) -> tuple[int, int]:
         """The block to use for what was asked; raises FormatError if the format has no such."""
+
+    @classmethod
+    def portable(cls, block: tuple[int, int]) -> tuple[str, tuple[int, int]]:
+        """The format and block that state dicts hold a weight of this block in."""
+        return "csr", (1, 1)
 
     @classmethod
     def from_dense(

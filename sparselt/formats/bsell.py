@@ -37,6 +37,11 @@ class BSELL(Sliced):
 
     name: ClassVar[str] = "bsell"
 
+    @classmethod
+    def portable(cls, block: tuple[int, int]) -> tuple[str, tuple[int, int]]:
+        """In blocks of h x 1."""
+        return "bsr", (block[0], 1)
+
     @property
     def block_rows(self) -> int:
         """Rows of blocks."""

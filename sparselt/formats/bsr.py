@@ -42,6 +42,11 @@ class BSR(Compressed):
     name: ClassVar[str] = "bsr"
 
     @classmethod
+    def portable(cls, block: tuple[int, int]) -> tuple[str, tuple[int, int]]:
+        """As it is."""
+        return "bsr", block
+
+    @classmethod
     def check_block(cls, block: tuple[int, int] | None) -> tuple[int, int]:
         """The block, (4, 1) for None; raises FormatError unless it is two sizes from 1 to 1024."""
         if block is None:

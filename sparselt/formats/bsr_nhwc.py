@@ -43,6 +43,11 @@ class ChannelsLastBSR(BSR):
 
     name: ClassVar[str] = "bsr_nhwc"
 
+    @classmethod
+    def portable(cls, block: tuple[int, int]) -> tuple[str, tuple[int, int]]:
+        """Compressed rows: these blocks are of columns in another order."""
+        return "csr", (1, 1)
+
     @property
     def taps(self) -> int:
         """R * S; 1 for a matrix."""

@@ -28,11 +28,11 @@ from sparselt import ops
 from sparselt.errors import OptionError, SparseltError
 from sparselt.facts import is_of_one_magnitude
 from sparselt.formats import SparseWeight, pack
-from sparselt.layout import block_for
 from sparselt.measure.machine import cache_bytes, header
 from sparselt.measure.suites import Layer, random_mask, real_mask
 from sparselt.measure.timer import Flush, Timing, interleave, speedup
 from sparselt.plan import Facts, KernelInfo
+from sparselt.rules import block_for, misfit
 
 __all__ = [
     "SPIN_SECONDS",
@@ -198,15 +198,17 @@ def contenders(
     found = list(_dense_contenders(case))
     packed: dict[tuple[str, tuple[int, int]], tuple[SparseWeight, float]] = {}
     registry_op = "conv2d" if case.op == "conv2d" else "spmm"
-    facts = Facts(case.op, tuple(case.weight.shape), int(case.mask.sum()), block=case.block)
+    facts = Facts(
+        case.op,
+        tuple(case.weight.shape),
+        int(case.mask.sum()),
+        block=case.block,
+        one_magnitude=is_of_one_magnitude(case.weight, case.mask),
+    )
     for info in ops.kernels() if kernels is None else kernels:
         if registry_op not in info.operations or info.device != "cpu":
             continue
-        if info.format in ("bsr", "bsell") and case.block == (1, 1):
-            continue
-        if info.format == "bsell" and case.block[0] % 4:
-            continue
-        if info.format == "sign" and not is_of_one_magnitude(case.weight, case.mask):
+        if misfit(facts, info):
             continue
         if not info.usable:
             found.append(Contender(info.name, False, lambda: None, 0, absent=info.reason))
