@@ -7,11 +7,11 @@ import math
 import resource
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 import torch
 
-__all__ = ["is_settled", "measure"]
+__all__ = ["glance", "is_settled", "measure"]
 
 # Rounds and time spent on the candidates of one layer.
 _BUDGET_MS = 6.0
@@ -24,8 +24,16 @@ _PATIENCE = 4
 _STEADY = 1.3
 # From this length of a call on, its spread is small against it and fewer rounds do.
 _LONG_CALL_US = 3000.0
-# A long call is interrupted on the quietest machine too, about so often.
-_QUIET_US = 50_000.0
+# A long call is interrupted on a quiet machine too, up to so often; by a busy program, every 3 ms.
+_QUIET_US = 10_000.0
+# A call whose best is so many times another's worst has lost; the first where either ran once only.
+_LOST_AT_ONCE = 3.0
+_LOST = 1.5
+# The first run of a call of this length is as good as the next: what it prepares takes no time.
+_LONG_FIRST_CALL_US = 20_000.0
+# From this much time on, doubts are given up.
+_MOST_US = 1e6
+_GLANCES = 3
 
 
 def measure(
@@ -45,6 +53,7 @@ def measure(
         budget_ms: timed milliseconds to spend on all calls together, up to four times as many
             where the times scatter too much to tell which is best. At least three rounds are run,
             two where a call takes milliseconds, five where the times scatter, and at most forty.
+            A call that is far slower than another drops out after a round or two.
         spent: filled with the microseconds of the single calls, by name; calls from which the
             system took a core away for other programs are left out.
 
@@ -61,30 +70,29 @@ def measure(
     least_us = dict.fromkeys(calls, math.inf)
     order = list(calls.items())
     with torch.inference_mode():
-        for _, call in order:
-            call()
-        if finish is not None:
-            finish()
+        for name, call in order:
+            us, undisturbed = _timed(call, finish)
+            if undisturbed and us > _LONG_FIRST_CALL_US:
+                spent[name].append(us)
+                least_us[name] = us
         total, rounds = 0.0, 0
+        running = _running(order, spent)
         while rounds < _MAX_ROUNDS:
             # Every second round runs backwards: the one that comes first is not always the same.
-            for name, call in order if rounds % 2 == 0 else reversed(order):
+            for name, call in running if rounds % 2 == 0 else reversed(running):
                 if prepare is not None:
                     prepare()
-                interruptions = _interruptions()
-                begin = time.perf_counter_ns()
-                call()
-                if finish is not None:
-                    finish()
-                us = (time.perf_counter_ns() - begin) / 1e3
-                if _interruptions() - interruptions <= us / _QUIET_US:
+                us, undisturbed = _timed(call, finish)
+                if undisturbed:
                     spent[name].append(us)
                 least_us[name] = min(least_us[name], us)
                 total += us
             rounds += 1
-            settled = is_settled(list(spent.values()))
+            running = _running(order, spent)
+            settled = is_settled(spent.values())
             least = _MIN_ROUNDS - (total / rounds > _LONG_CALL_US) if settled else _DOUBTFUL_ROUNDS
-            if rounds >= least and total >= 1e3 * budget_ms * (1 if settled else _PATIENCE):
+            enough = min(1e3 * budget_ms * (1 if settled else _PATIENCE), _MOST_US)
+            if (rounds >= least or total > _MOST_US) and total >= enough:
                 break
     return {
         name: statistics.median(times) if len(times) >= _MIN_UNDISTURBED else least_us[name]
@@ -92,23 +100,82 @@ def measure(
     }
 
 
+def _timed(
+    call: Callable[[], object], finish: Callable[[], object] | None = None
+) -> tuple[float, bool]:
+    """The microseconds of a call, and whether other programs left it alone."""
+    interruptions = _interruptions()
+    begin = time.perf_counter_ns()
+    call()
+    if finish is not None:
+        finish()
+    us = (time.perf_counter_ns() - begin) / 1e3
+    return us, _interruptions() - interruptions <= us / _QUIET_US
+
+
 def _interruptions() -> int:
     """How often the system took a core away from a thread of this process."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
 
 
-def is_settled(times: list[list[float]]) -> bool:
+def glance(
+    calls: Mapping[str, Callable[[], object]], times: float, warm: bool = False
+) -> dict[str, float] | None:
+    """Times each call once undisturbed; None where there is a doubt that the first is fastest.
+
+    Args:
+        calls: what to time, by name.
+        times: the others must take so many times as long as the first.
+        warm: whether they were called before; else each is, untimed.
+
+    Returns:
+        The microseconds of each call, by name.
+    """
+    us = {}
+    with torch.inference_mode():
+        for name, call in calls.items():
+            if not warm:
+                call()
+            for _ in range(_GLANCES):
+                us[name], undisturbed = _timed(call)
+                if undisturbed:
+                    break
+            else:
+                return None
+    first, *others = us.values()
+    return us if first * times < min(others) else None
+
+
+_Calls = list[tuple[str, Callable[[], object]]]
+
+
+def _running(order: _Calls, spent: Mapping[str, list[float]]) -> _Calls:
+    return [item for item in order if not _has_lost(spent[item[0]], spent.values())]
+
+
+def _has_lost(own: list[float], times: Collection[list[float]]) -> bool:
+    """Whether the best of a call's undisturbed times is far above the worst of another's."""
+    for other in times:
+        if own and other:
+            once = min(len(own), len(other)) < _MIN_UNDISTURBED
+            if min(own) > (_LOST_AT_ONCE if once else _LOST) * max(other):
+                return True
+    return False
+
+
+def is_settled(times: Collection[list[float]]) -> bool:
     """Whether more rounds would change nothing.
 
     Either every median is near its best, which it is not where other programs disturb the calls,
-    or one candidate's worst is better than all others' best.
+    or one candidate's worst is better than all others' best. Those far behind do not matter.
 
     Args:
         times: of each candidate, those of its undisturbed calls.
     """
-    if any(len(own) < _MIN_UNDISTURBED for own in times):
+    racing = [own for own in times if not _has_lost(own, times)]
+    if any(len(own) < _MIN_UNDISTURBED for own in racing):
         return False
-    if all(statistics.median(own) <= _STEADY * min(own) for own in times):
+    if all(statistics.median(own) <= _STEADY * min(own) for own in racing):
         return True
-    first, *others = sorted(times, key=max)
+    first, *others = sorted(racing, key=max)
     return all(max(first) < min(other) for other in others)

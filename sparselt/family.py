@@ -11,10 +11,11 @@ sample may round otherwise.
 
 from __future__ import annotations
 
-import time
+import hashlib
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -34,7 +35,7 @@ from sparselt.native import Segment, is_of_segment, nativize
 from sparselt.plan import DENSE, Plan
 from sparselt.samples import EachSample, agree, first_samples, may_run_each, only_segment
 from sparselt.shapes import copied, propagate
-from sparselt.tune import Tuner, cache_bytes
+from sparselt.tune import Tuner, cache_bytes, kind_of
 
 __all__ = ["Bucket", "Family", "Planned", "Run", "Straight"]
 
@@ -47,6 +48,9 @@ _CLEAR = 1.5
 _CLEAR_LAYERS = 2.0
 # Nor a batch by the kernels of one sample that is so many times as slow as its samples one by one.
 _CLEAR_EACH = 1.3
+# What a choice is between; the first of them is taken where times are about the same.
+_WHOLES = ("planned", "all dense")
+_WAYS = ("as a batch", "one by one")
 
 
 @dataclass
@@ -194,6 +198,10 @@ class Family:
             return self._one_by_one(self._plan_layers(key, sample, self.packed))
         if self.tuner.is_forced or not self._may_run_each(leaves):
             return self._plan_layers(key, leaves, self.packed)
+        place = ("samples", self._kind, _sizes(leaves))
+        best = self.tuner.known(_WAYS, place)
+        if best == _WAYS[0]:
+            return self._plan_layers(key, leaves, self.packed)
         own = self.bucket(sample)
         packed = dict(self.packed)
         one = self.planned[own] if own in self.planned else self._plan_layers(own, sample, packed)
@@ -203,19 +211,33 @@ class Family:
             same = agree(alike.run, each.run, leaves)
         if not same:
             return self._plan_layers(key, leaves, self.packed)
-        note = "samples run one after the other"
-        one_by_one = ("one by one", lambda: each.run(leaves))
-        clear = dict([one_by_one, ("as a batch", lambda: alike.run(leaves))])
-        if not _gains_clearly(one.plans.values()) or not _is_clearly_first(clear, _CLEAR_EACH):
+        if best is None and not self._is_clear(each, alike, place, leaves):
             batch = self._plan_layers(key, leaves, self.packed)
-            calls = dict([("as a batch", lambda: batch.run(leaves)), one_by_one])
-            best = self.tuner.fastest(calls, ("samples", id(self), key))
-            us = self.tuner.measured(("samples", id(self), key))
-            note += ": " + ", ".join(f"{name} {value:.0f} us" for name, value in us.items())
-            if best == "as a batch":
+            calls = _calls(_WAYS, (batch, each), leaves)
+            if self.tuner.fastest(calls, place) == _WAYS[0]:
                 return batch
+        note = f"samples run one after the other: {self.tuner.told(place)}"
         self.packed.update(packed)
         return replace(each, note=f"{one.note}; {note}" if one.note else note)
+
+    def _is_clear(
+        self, each: Planned, alike: Planned, place: object, leaves: Sequence[Any]
+    ) -> bool:
+        """Whether there is no need to plan the batch; both must have run."""
+        calls = _calls(_WAYS[::-1], (each, alike), leaves)
+        return _gains_clearly(each.plans.values()) and self.tuner.is_clear(
+            calls, place, _CLEAR_EACH, warm=True
+        )
+
+    @cached_property
+    def _kind(self) -> str:
+        """What the times of the whole depend on, beside sizes and plans: operations and weights."""
+        weights = [
+            (tuple(x.shape), kind_of(int(x.count_nonzero()) / max(x.numel(), 1)))
+            for x in self.captured.constants
+        ]
+        text = f"{self.captured.module.graph} {weights}"
+        return hashlib.sha256(text.encode()).hexdigest()
 
     def _may_run_each(self, leaves: Sequence[Any]) -> bool:
         """Whether there is anything to choose, told from the shapes of all values."""
@@ -240,18 +262,21 @@ class Family:
             return planned
         if _gains_clearly(lowered.plans.values()):
             return planned
+        on_cuda = [x for x in leaves if isinstance(x, Tensor) and x.is_cuda]
+        kernels = [(name, plan.kernel, plan.block) for name, plan in lowered.plans.items()]
+        place = ("whole", self._kind, _sizes(leaves), kernels)
+        best = self.tuner.known(_WHOLES, place, on_cuda)
         # Not kept unless it wins: its weights are dense.
         own: dict[tuple[Any, ...], Any] = {}
-        dense = self._lower(leaves, self.tuner.dense(), own, None)
-        other = self._planned(dense, leaves)
-        calls = {"planned": lambda: planned.run(leaves), "all dense": lambda: other.run(leaves)}
-        on_cuda = [x for x in leaves if isinstance(x, Tensor) and x.is_cuda]
-        if not on_cuda and _is_clearly_first(calls):
-            return planned
-        best = self.tuner.fastest(calls, ("whole", id(self), key), on_cuda)
-        us = self.tuner.measured(("whole", id(self), key))
-        told = ", ".join(f"{name} {value:.0f} us" for name, value in us.items())
-        if best == "planned":
+        if best != _WHOLES[0]:
+            dense = self._lower(leaves, self.tuner.dense(), own, None)
+            other = self._planned(dense, leaves)
+            calls = _calls(_WHOLES, (planned, other), leaves)
+            if best is None and not on_cuda:
+                self.tuner.is_clear(calls, place, _CLEAR, warm=False)
+            best = self.tuner.fastest(calls, place, on_cuda)
+        told = self.tuner.told(place)
+        if best == _WHOLES[0]:
             return replace(planned, note=f"the whole network was measured too: {told}")
         reason = "stays dense: the whole network measured no faster with sparse layers"
         dense.rows = [_as_dense(row, reason) for row in lowered.rows]
@@ -324,16 +349,14 @@ def _gains_clearly(plans: Iterable[Plan]) -> bool:
     return dense_us > _CLEAR_LAYERS * chosen_us
 
 
-def _is_clearly_first(calls: Mapping[str, Callable[[], object]], times: float = _CLEAR) -> bool:
-    """Whether one call of each, after one to warm up, leaves no doubt that the first is faster."""
-    spent = []
-    with torch.inference_mode():
-        for call in calls.values():
-            call()
-            begin = time.perf_counter()
-            call()
-            spent.append(time.perf_counter() - begin)
-    return spent[0] * times < min(spent[1:])
+def _calls(
+    names: Sequence[str], plans: Sequence[Planned], leaves: Sequence[Any]
+) -> dict[str, Callable[[], object]]:
+    return {name: partial(planned.run, leaves) for name, planned in zip(names, plans, strict=True)}
+
+
+def _sizes(leaves: Sequence[Any]) -> list[Any]:
+    return [tuple(x.shape) if isinstance(x, Tensor) else x for x in leaves]
 
 
 def _as_dense(row: Row, reason: str) -> Row:

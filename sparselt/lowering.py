@@ -47,6 +47,8 @@ _DIRECT: dict[Any, Any] = {
 }
 # Values from which on pooling a contiguous tensor by shifted maxima was 5 to 16 times as fast.
 _LARGE_POOL = 1 << 15
+# Random numbers to time a layer with; to draw more takes longer than the layer.
+_DRAWN = 1 << 14
 _LINEAR = torch.ops.sparselt.linear.default
 _CONV2D = torch.ops.sparselt.conv2d.default
 
@@ -181,13 +183,13 @@ class _Lowering:
     def take(self, layer: GraphLayer) -> None:
         """Plans one layer, and rewrites it if its plan is sparse."""
         value = layer.input.meta.get("val")
-        name, inputs, obstacle = self.name_of(layer), [], ""
-        if isinstance(value, Tensor):
-            inputs = [_look_alike(value)]
-            if value.dtype != torch.float32 and value.device.type == "cpu":
-                obstacle = f"its input is {value.dtype}, and kernels compute float32"
-        plan = self.known.get(layer.node.name)
+        name, plan = self.name_of(layer), self.known.get(layer.node.name)
         if plan is None:
+            inputs, obstacle = [], ""
+            if isinstance(value, Tensor):
+                inputs = [_look_alike(value)]
+                if value.dtype != torch.float32 and value.device.type == "cpu":
+                    obstacle = f"its input is {value.dtype}, and kernels compute float32"
             plan = self.tuner.plan(layer.module, inputs=inputs, obstacle=obstacle)
         self.plans[layer.node.name] = plan
         fusion = self.fusion_of(layer)
@@ -373,8 +375,11 @@ def _bind_dense(dense: DenseStep) -> Callable[..., Tensor]:
 
 
 def _look_alike(value: Tensor) -> Tensor:
-    """A random tensor of the shape, layout and device of a fake one."""
-    x = drawn(value.shape).to(value.device, value.dtype)
+    """A tensor of the shape, layout and device of a fake one, of some random numbers repeated."""
+    count = value.numel()
+    few = drawn((min(count, _DRAWN),))
+    x = few.repeat(-(-count // max(len(few), 1)))[:count].view(value.shape)
+    x = x.to(value.device, value.dtype)
     last = torch.channels_last
     channels_last = value.dim() == 4 and value.is_contiguous(memory_format=last)
     return x.contiguous(memory_format=last) if channels_last and not value.is_contiguous() else x

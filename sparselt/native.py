@@ -35,6 +35,8 @@ SEGMENT = "sparselt_segment"
 _MAX_PROGRAMS = 32
 # A run of this length on all threads is longer on one: there is nothing to choose.
 _LONG_RUN_US = 1000.0
+# So is one whose first run takes that long, though it touches the arena for the first time.
+_LONG_FIRST_RUN_US = 10_000.0
 _ROUNDS = 7
 _EACH_ROUNDS = 3
 # A run shorter than this on one thread takes two only where they are so many times as fast.
@@ -194,7 +196,8 @@ class SegmentProgram:
         A short run takes two only for a clear gain: where others keep the cores busy, the second
         thread arrives after milliseconds.
         """
-        self(values)  # touches the arena for the first time, which is slow
+        if _microseconds(self, values) > _LONG_FIRST_RUN_US:
+            return
         best = {True: math.inf, False: math.inf}
         for _ in range(_ROUNDS):
             for parallel in best:

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from sparselt import ops
 from sparselt.candidate_calls import CandidateCalls, call_us
-from sparselt.cpu_timer import is_settled, measure
+from sparselt.cpu_timer import glance, is_settled, measure
 from sparselt.cuda_timer import measure_on_cuda
 from sparselt.extension import build_id
 from sparselt.facts import facts_of, forced_kernel
@@ -44,14 +44,15 @@ from sparselt.plan import (
 )
 from sparselt.tune_cache import TimesCache
 
-__all__ = ["Tuner", "cache_bytes", "machine"]
+__all__ = ["Tuner", "cache_bytes", "kind_of", "machine"]
 
 # A candidate that is not faster by this share does not replace what there is.
 _MARGIN = 0.05
 # Of a layer's call, what its kernel takes at least.
 _LEAST_SHARE = 0.05
-# Densities within 5 % of each other are one kind of layer.
 _KINDS_A_FACTOR_OF_E = 20
+# Numbers of an input that takes milliseconds, so that what a layer's call costs does not show.
+_LARGE_INPUT = 1 << 21
 _ROWS_SAMPLED = 128
 
 
@@ -76,6 +77,11 @@ def _cpu_name() -> str:
     except OSError:
         return name
     return next((x.partition(":")[2].strip() for x in lines if x.startswith("model name")), name)
+
+
+def kind_of(density: float) -> int:
+    """The same for densities within 5 % of each other."""
+    return round(_KINDS_A_FACTOR_OF_E * math.log(max(density, 1e-9)))
 
 
 def machine() -> dict[str, Any]:
@@ -129,6 +135,7 @@ class Tuner:
             module: nn.Linear, nn.Conv1d or nn.Conv2d.
             mask: which weights are kept; None for those that are not 0.
             inputs: what the layer is called with, one tensor a call; the times of the calls add up.
+                Of a batch that makes long calls, a part is timed.
             obstacle: why the layer must stay dense; empty if it may become sparse.
 
         Raises:
@@ -144,10 +151,12 @@ class Tuner:
         pool = self.worth_timing(candidates(facts, kernels), kernels)
         if not inputs or not pool or facts.density == 1 or forced or self.format == DENSE:
             return choose(facts, kernels, None, format=self.format, forced=forced)
-        key = self._key(module, facts, kept, inputs)
+        parts = [_part(x) for x in inputs]
+        key = self._key(module, facts, kept, parts)
         if key not in self._times:
-            self._times[key] = self._recall_or_time(key, module, mask, pool, inputs)
-        times = self._times[key]
+            self._times[key] = self._recall_or_time(key, module, mask, pool, parts)
+        share = sum(len(x) for x in inputs) / max(sum(len(x) for x in parts), 1)
+        times = {name: us * share for name, us in self._times[key].items()}
         if self.in_program and not inputs[0].is_cuda:
             times = {name: _in_program(name, us, len(inputs)) for name, us in times.items()}
         plan = choose(facts, kernels, times, format=self.format)
@@ -166,9 +175,35 @@ class Tuner:
         other.format = DENSE
         return other
 
-    def measured(self, key: object) -> dict[str, float]:
-        """The microseconds that `fastest` has measured for a key, by name."""
-        return self._times[("fastest", str(key))]
+    def known(self, names: Sequence[str], key: object, inputs: Sequence[Tensor] = ()) -> str | None:
+        """What `fastest` would answer for calls of these names, if it need not time them."""
+        place = ("fastest", str(key))
+        times = self._times.get(place) or self._cache.get(self._place(place, inputs), names)
+        if times is None:
+            return None
+        self._times[place] = times
+        return _fastest(times, names[0])
+
+    def told(self, key: object) -> str:
+        """The microseconds that are known for a key, as text."""
+        times = self._times["fastest", str(key)]
+        return ", ".join(f"{name} {us:.0f} us" for name, us in times.items())
+
+    def is_clear(
+        self, calls: Mapping[str, Callable[[], object]], key: object, times: float, warm: bool
+    ) -> bool:
+        """Whether a glance tells that the first of several calls on the CPU is fastest.
+
+        Args:
+            calls: what to time, by name.
+            key: as of `fastest`, which then knows.
+            times: the others must take so many times as long.
+            warm: whether they were called before.
+        """
+        us = glance(calls, times, warm)
+        if us is not None:
+            self._keep(key, us)
+        return us is not None
 
     def fastest(
         self,
@@ -180,16 +215,30 @@ class Tuner:
 
         Args:
             calls: what to time, by name.
-            key: what the calls depend on; those of a key met before are not timed again.
+            key: everything that the times depend on beside the machine; those of a key met before
+                are not timed again.
             inputs: of the calls, where they are on a CUDA device.
         """
+        known = self.known(list(calls), key, inputs)
+        if known is not None:
+            return known
+        spent: dict[str, list[float]] = {}
+        on_cuda = bool(inputs) and inputs[0].is_cuda
+        times = measure_on_cuda(calls, inputs) if on_cuda else measure(calls, spent=spent)
+        self._keep(key, times, inputs, is_settled(spent.values()))
+        return _fastest(times, next(iter(calls)))
+
+    def _keep(
+        self,
+        key: object,
+        us: dict[str, float],
+        inputs: Sequence[Tensor] = (),
+        settled: bool = True,
+    ) -> None:
         known = ("fastest", str(key))
-        if known not in self._times:
-            on_cuda = bool(inputs) and inputs[0].is_cuda
-            self._times[known] = measure_on_cuda(calls, inputs) if on_cuda else measure(calls)
-        times = self._times[known]
-        first, best = next(iter(calls)), min(times, key=times.__getitem__)
-        return best if times[best] <= times[first] * (1 - _MARGIN) else first
+        self._times[known] = us
+        if settled:
+            self._cache.put(self._place(known, inputs), us)
 
     def worth_timing(
         self, considered: Iterable[Candidate], kernels: Iterable[KernelInfo]
@@ -216,7 +265,7 @@ class Tuner:
     ) -> tuple[object, ...]:
         """Everything that a layer's times depend on. Layers that differ by little are one kind."""
         geometry = [getattr(module, name, None) for name in ("stride", "padding", "dilation")]
-        pattern = (round(_KINDS_A_FACTOR_OF_E * math.log(max(facts.density, 1e-9))), _spread(kept))
+        pattern = (kind_of(facts.density), _spread(kept))
         shapes = tuple((tuple(x.shape), x.stride()) for x in inputs)
         bias = module.bias is not None
         return (
@@ -240,9 +289,7 @@ class Tuner:
         inputs: Sequence[Tensor],
     ) -> dict[str, float]:
         """The times of another process, where they were kept; else those measured now."""
-        gpu = torch.cuda.get_device_name(inputs[0].device) if inputs[0].is_cuda else ""
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0
-        place = repr((machine(), ops.isa(), build_id(), cores, gpu, key))
+        place = self._place(key, inputs)
         times = self._cache.get(place, [DENSE, *(c.kernel for c in pool)])
         if times is not None:
             self._recalled.add(key)
@@ -251,6 +298,13 @@ class Tuner:
         if settled:
             self._cache.put(place, times)
         return times
+
+    @staticmethod
+    def _place(key: tuple[object, ...], inputs: Sequence[Tensor] = ()) -> str:
+        """A key and the machine, as text."""
+        gpu = torch.cuda.get_device_name(inputs[0].device) if inputs and inputs[0].is_cuda else ""
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0
+        return repr((machine(), ops.isa(), build_id(), cores, gpu, key))
 
     def _time(
         self,
@@ -274,7 +328,7 @@ class Tuner:
             for name, us in times.items():
                 total[name] += us
             finite = all(map(math.isfinite, times.values()))
-            settled = settled and finite and is_settled(list(spent.values()))
+            settled = settled and finite and is_settled(spent.values())
         return total, settled
 
     def _is_cold_on(self, device: torch.device) -> bool:
@@ -288,6 +342,19 @@ class Tuner:
             x.sum()
 
         return prepare
+
+
+def _part(x: Tensor) -> Tensor:
+    """The first samples of a batch, as many as are far more than the caches near a core hold."""
+    count = len(x)
+    while count % 2 == 0 and x.dim() > 1 and x.numel() // len(x) * count >= 2 * _LARGE_INPUT:
+        count //= 2
+    return x[:count]
+
+
+def _fastest(times: Mapping[str, float], first: str) -> str:
+    best = min(times, key=times.__getitem__)
+    return best if times[best] <= times[first] * (1 - _MARGIN) else first
 
 
 def _in_program(name: str, us: float, calls: int) -> float:

@@ -9,7 +9,7 @@ import time
 import pytest
 
 from sparselt import cpu_timer
-from sparselt.cpu_timer import is_settled, measure
+from sparselt.cpu_timer import glance, is_settled, measure
 
 
 class Machine:
@@ -81,14 +81,55 @@ def test_where_every_call_lost_its_core_the_shortest_counts_and_nothing_is_settl
     spent: dict[str, list[float]] = {}
     calls = {"busy": lambda: machine.call(next(lengths), interrupted=True)}
     assert measure(calls, spent=spent) == {"busy": 40.0}
-    assert not is_settled(list(spent.values()))
+    assert not is_settled(spent.values())
 
 
 def test_a_long_call_may_be_interrupted_now_and_then(machine):
     spent: dict[str, list[float]] = {}
     calls = {"long": lambda: machine.call(60_000.0, interrupted=True)}
     assert measure(calls, spent=spent) == {"long": 60_000.0}
-    assert is_settled(list(spent.values()))
+    assert is_settled(spent.values())
+
+
+def test_a_call_that_is_far_behind_is_not_timed_again(machine):
+    lengths = {"fast": 1000.0, "slow": 2000.0, "hopeless": 4000.0}
+    spent: dict[str, list[float]] = {}
+    calls = {name: lambda us=us: machine.call(us) for name, us in lengths.items()}
+    assert measure(calls, budget_ms=12.0, spent=spent) == lengths
+    assert {name: len(own) for name, own in spent.items()} == {"fast": 4, "slow": 2, "hopeless": 1}
+    assert is_settled(spent.values())
+
+
+def test_a_call_catches_up_when_the_one_that_was_ahead_slows_down(machine):
+    lengths = iter([100.0, 100.0, *[500.0] * 50])
+    spent: dict[str, list[float]] = {}
+    calls = {"slows": lambda: machine.call(next(lengths)), "steady": lambda: machine.call(400.0)}
+    times = measure(calls, spent=spent)
+    assert times["steady"] < times["slows"]
+    assert len(spent["steady"]) > 2
+
+
+def test_a_glance_tells_only_what_is_clear_and_undisturbed(machine):
+    calls = {"first": lambda: machine.call(100.0), "other": lambda: machine.call(160.0)}
+    assert glance(calls, 1.5) == {"first": 100.0, "other": 160.0}
+    assert glance(calls, 1.7) is None
+    lost = iter([False, True, False])
+    calls["first"] = lambda: machine.call(100.0, interrupted=next(lost))
+    assert glance(calls, 1.5) == {"first": 100.0, "other": 160.0}
+    calls["first"] = lambda: machine.call(100.0, interrupted=True)
+    assert glance(calls, 1.5) is None
+
+
+def test_calls_of_seconds_are_timed_no_longer_than_it_takes_to_tell_them_apart(machine):
+    lengths = {"first": 400_000.0, "other": 500_000.0, "hopeless": 2e6}
+    spent: dict[str, list[float]] = {}
+    calls = {name: lambda us=us: machine.call(us) for name, us in lengths.items()}
+    assert measure(calls, spent=spent) == lengths
+    assert machine.now_ns < 5e9
+    busy = {name: lambda us=us: machine.call(us, interrupted=True) for name, us in lengths.items()}
+    machine.now_ns = 0
+    assert measure(busy) == lengths
+    assert machine.now_ns < 9e9
 
 
 def test_times_are_settled_where_they_hardly_scatter_or_where_all_agree_on_the_first():

@@ -5,10 +5,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from networks import input_for, make
+from networks import input_for, make, prune_randomly
 
 import sparselt
 from sparselt.plan import DENSE
+from sparselt.tune_cache import cache_folder
 
 
 def favour(monkeypatch, whole, layer_us=1.5):
@@ -16,7 +17,7 @@ def favour(monkeypatch, whole, layer_us=1.5):
     whole networks, the one that is named.
     """
     torch.set_num_threads(1)
-    monkeypatch.setattr("sparselt.family._is_clearly_first", lambda *_: False)
+    monkeypatch.setattr("sparselt.tune.glance", lambda *_: None)
 
     def measure(calls, **_):
         if "planned" in calls:
@@ -59,3 +60,33 @@ def test_a_network_without_sparse_layers_is_not_measured_twice(monkeypatch):
     favour(monkeypatch, "all dense")
     program = sparselt.compile(torch.nn.Linear(8, 8), torch.ones(2, 8))
     assert not [note for note in sparselt.explain(program).notes if "whole" in note]
+
+
+@pytest.mark.parametrize("whole", ["planned", "all dense"])
+def test_the_next_process_makes_the_same_choice_without_timing_it(monkeypatch, whole):
+    favour(monkeypatch, whole)
+    first = sparselt.explain(sparselt.compile(make("residual"), input_for("residual", 2)))
+    favour(monkeypatch, "planned" if whole == "all dense" else "all dense")
+    again = sparselt.explain(sparselt.compile(make("residual"), input_for("residual", 2)))
+    assert again.notes == first.notes
+    assert [row.kernel for row in again] == [row.kernel for row in first]
+
+
+def test_other_sizes_and_weights_and_a_spoilt_entry_are_chosen_for_anew(monkeypatch):
+    favour(monkeypatch, "all dense")
+
+    def is_dense(batch=2, density=0.1):
+        model = prune_randomly(make("residual"), density)
+        rows = sparselt.explain(sparselt.compile(model, input_for("residual", batch)))
+        return {row.kernel for row in rows} == {DENSE}
+
+    assert is_dense()
+    favour(monkeypatch, "planned")
+    assert is_dense()
+    assert not is_dense(batch=3)
+    assert not is_dense(density=0.05)
+    folder = cache_folder()
+    assert folder is not None
+    for path in folder.glob("*.json"):
+        path.write_text(path.read_text().replace('"all dense": 1.0', '"all dense": "fast"'))
+    assert not is_dense()

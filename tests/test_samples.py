@@ -22,7 +22,7 @@ def threads_as_before(fixed_threads):
 def choose_samples(monkeypatch, best: str) -> None:
     """Puts every batch to the choice, lets no first look settle it, and decides it."""
     monkeypatch.setattr("sparselt.family.cache_bytes", lambda: 0)
-    monkeypatch.setattr("sparselt.family._is_clearly_first", lambda *_: False)
+    monkeypatch.setattr("sparselt.tune.glance", lambda *_: None)
 
     def measure(calls, **_):
         if best in calls:
@@ -115,6 +115,19 @@ def test_the_choice_between_samples_and_batch_is_saved(tmp_path, monkeypatch):
     loaded = sparselt.load_program(tmp_path / "p.safetensors")
     assert [planned.each for planned in loaded._families[0].planned.values()] == [True]
     assert torch.equal(loaded(x), program(x))
+
+
+@pytest.mark.parametrize("best", ["as a batch", "one by one"])
+def test_the_next_process_makes_the_same_choice_without_timing_it(best, monkeypatch):
+    model, x = make("residual"), input_for("residual", 6)
+    choose_samples(monkeypatch, best)
+    first = sparselt.compile(model, x)
+    choose_samples(monkeypatch, "one by one" if best == "as a batch" else "as a batch")
+    again = sparselt.compile(model, x)
+    for program in (first, again):
+        (planned,) = program._families[0].planned.values()
+        assert planned.each == (best == "one by one")
+    assert torch.equal(first(x), again(x))
 
 
 def test_nothing_drawn_to_choose_by_moves_the_users_generator(monkeypatch):

@@ -96,6 +96,12 @@ def test_another_problem_is_another_entry(measured, other):
     assert len(measured) == len(entries()) == 2
 
 
+def test_of_a_large_batch_a_part_is_timed_and_the_time_is_that_of_the_whole(measured, monkeypatch):
+    monkeypatch.setattr(tune, "_LARGE_INPUT", 1000)
+    times = {batch: plan(batch=batch).dense_us for batch in (20, 40, 42, 80, 84)}
+    assert times == {20: 10.0, 40: 20.0, 42: 20.0, 80: 40.0, 84: 40.0}
+
+
 def test_uneven_rows_are_another_kind_than_even_ones(measured):
     even, uneven = torch.zeros(64, 96), torch.zeros(64, 96)
     even[:, ::4], uneven[:16] = 1, 1
