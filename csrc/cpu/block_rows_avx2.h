@@ -149,8 +149,7 @@ template <SliceFunction kMultiply>
 void multiply_block_sections(const SpmvCall& call, Range sections) {
   const SellView& w = call.weight;
   for (int64_t i = sections.begin * w.num_blocks; i < sections.end * w.num_blocks; ++i) {
-    const int64_t b = i % w.num_blocks;
-    const BlockPlace block{b == 0, b + 1 == w.num_blocks, call.x + b * call.block_stride};
+    const BlockPlace block = block_place(call, i);
     for (int64_t slice = w.block_slices[i]; slice < w.block_slices[i + 1]; ++slice) {
       kMultiply(call, block, slice);
     }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// What the spmv kernels of x86 share: the walk over slices, and the product with 2 to 16 columns.
+// What the spmv kernels of x86 share: the walks over slices, and the product with 2 to 16 columns.
 //
 // There, a register holds a row's sums, a lane a column, so that a stored value costs one broadcast
 // and one multiply-add with x as memory operand for all columns at once: 2 loads, and a quarter of
@@ -20,6 +20,10 @@ constexpr int64_t kPrefetchSigns = 1024;  // where a value is a column alone
 // A row's products are added up in chains of this many, and the chains' sums after that: one chain
 // of hundreds rounds away two to three times as much.
 constexpr int64_t kChain = 32;
+
+// With one column so many slices are walked side by side: a single one is two streams, fewer than
+// the memory needs to run at its rate.
+constexpr int kStreams = 4;
 
 // Where the chain ends that begins at `step`.
 inline int64_t chain_end(int64_t step, int64_t end) {
@@ -140,19 +144,95 @@ void multiply_columns(const SpmvCall& call, const BlockPlace& block, int64_t sli
   }
 }
 
-using SliceFunction = void (*)(const SpmvCall& call, const BlockPlace& block, int64_t slice);
+// Adds one value of each row of a slice to its sum, a lane a row.
+template <class V>
+using StepFunction = V (*)(const SellView& w, const float* x, int64_t step, V chain);
+// Brings the sums of a slice's rows to y.
+template <class V>
+using FinishFunction = void (*)(const SpmvCall& call, const BlockPlace& block, int64_t slice,
+                                V sum);
 
-// `kOneColumn` multiplies a slice with a single column, `kWide` with 9 to 16.
-template <bool kSigns, int kSliceRows, SliceFunction kOneColumn, SliceFunction kWide>
-void multiply_sections(const SpmvCall& call, Range sections) {
+template <class V, StepFunction<V> kAdd>
+inline V add_steps(const SellView& w, const float* x, int64_t step, int64_t end, V sum) {
+  while (step < end) {
+    V chain = broadcast(0.0f, V{});
+    for (const int64_t stop = chain_end(step, end); step < stop; ++step) {
+      chain = kAdd(w, x, step, chain);
+    }
+    sum = add(sum, chain);
+  }
+  return sum;
+}
+
+// N slices, each `apart` from the one before, chain by chain: each is a stream of its own that the
+// memory fetches ahead. The chains of a slice are those that it has alone.
+template <int N, class V, StepFunction<V> kAdd, FinishFunction<V> kFinish>
+void multiply_together(const SpmvCall& call, const BlockPlace& block, int64_t slice,
+                       int64_t apart) {
+  const int32_t* slice_steps = call.weight.slice_steps + slice;
+  int64_t step[N];
+  V sum[N];
+  int64_t least = slice_steps[1] - slice_steps[0];
+  SPARSELT_UNROLL
+  for (int i = 0; i < N; ++i) {
+    step[i] = slice_steps[i * apart];
+    const int64_t steps = slice_steps[i * apart + 1] - step[i];
+    least = steps < least ? steps : least;
+    sum[i] = broadcast(0.0f, V{});
+  }
+  for (; least >= kChain; least -= kChain) {
+    V chain[N];
+    SPARSELT_UNROLL
+    for (int i = 0; i < N; ++i) chain[i] = broadcast(0.0f, V{});
+    for (int64_t k = 0; k < kChain; ++k) {
+      SPARSELT_UNROLL
+      for (int i = 0; i < N; ++i) chain[i] = kAdd(call.weight, block.x, step[i]++, chain[i]);
+    }
+    SPARSELT_UNROLL
+    for (int i = 0; i < N; ++i) sum[i] = add(sum[i], chain[i]);
+  }
+  SPARSELT_UNROLL
+  for (int i = 0; i < N; ++i) {
+    const int64_t end = slice_steps[i * apart + 1];
+    kFinish(call, block, slice + i * apart,
+            add_steps<V, kAdd>(call.weight, block.x, step[i], end, sum[i]));
+  }
+}
+
+// Block i, where those of a section follow those of the section before.
+inline BlockPlace block_place(const SpmvCall& call, int64_t i) {
+  const int64_t b = i % call.weight.num_blocks;
+  return {b == 0, b + 1 == call.weight.num_blocks, call.x + b * call.block_stride};
+}
+
+// All slices with one column: those of the quarters of a block beside each other.
+template <class V, StepFunction<V> kAdd, FinishFunction<V> kFinish>
+void multiply_one_column(const SpmvCall& call, Range sections) {
   const SellView& w = call.weight;
   for (int64_t i = sections.begin * w.num_blocks; i < sections.end * w.num_blocks; ++i) {
-    const int64_t b = i % w.num_blocks;
-    const BlockPlace block{b == 0, b + 1 == w.num_blocks, call.x + b * call.block_stride};
+    const BlockPlace block = block_place(call, i);
+    const int64_t first = w.block_slices[i];
+    const int64_t end = w.block_slices[i + 1];
+    const int64_t quarter = (end - first) / kStreams;
+    for (int64_t slice = first; slice < first + quarter; ++slice) {
+      multiply_together<kStreams, V, kAdd, kFinish>(call, block, slice, quarter);
+    }
+    for (int64_t slice = first + kStreams * quarter; slice < end; ++slice) {
+      multiply_together<1, V, kAdd, kFinish>(call, block, slice, 0);
+    }
+  }
+}
+
+using SliceFunction = void (*)(const SpmvCall& call, const BlockPlace& block, int64_t slice);
+
+// All slices with 2 to 16 columns; `kWide` multiplies one with 9 to 16.
+template <bool kSigns, int kSliceRows, SliceFunction kWide>
+void multiply_few_columns(const SpmvCall& call, Range sections) {
+  const SellView& w = call.weight;
+  for (int64_t i = sections.begin * w.num_blocks; i < sections.end * w.num_blocks; ++i) {
+    const BlockPlace block = block_place(call, i);
     for (int64_t slice = w.block_slices[i]; slice < w.block_slices[i + 1]; ++slice) {
-      if (call.lanes == 1) {
-        kOneColumn(call, block, slice);
-      } else if (call.lanes == 4) {
+      if (call.lanes == 4) {
         multiply_columns<kSigns, kSliceRows, kSliceRows, __m128>(call, block, slice);
       } else if (call.lanes == 8) {
         multiply_columns<kSigns, kSliceRows, kSliceRows, __m256>(call, block, slice);
