@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx
 from torch._dynamo.backends import registry
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.amp.autocast_mode import _enter_autocast
 
 from sparselt.cuda_graph import graphed
 from sparselt.errors import KernelError
@@ -37,7 +38,8 @@ def backend(
     """Compiles one graph of Dynamo: its layers run sparse where that is faster, the rest in torch.
 
     Under enabled gradients with weights or inputs that require one, the graph runs in torch as it
-    is, with a warning: sparse layers only run forward.
+    is, with a warning: sparse layers only run forward. So does one under autocast on the CPU, or
+    with autocast in it: results are of torch's type.
 
     Args:
         module: the graph.
@@ -66,6 +68,13 @@ def backend(
         )
         return module.forward
     if any(isinstance(x, FakeTensor) for x in tensors):
+        return module.forward
+    if _is_under_autocast(module.graph):
+        warnings.warn(
+            "kernels of the sparselt backend compute float32 on the CPU, and autocast asks for a "
+            "narrower type: this graph runs dense",
+            stacklevel=2,
+        )
         return module.forward
     compiled = _Compiled(module, options.get("mode") == "reduce-overhead")
     return compiled if compiled.lower(example_inputs) else module.forward
@@ -148,6 +157,13 @@ class _Compiled:
         if self.repacks > _MOST_REPACKS or not self.lower(args):
             self.run, self.watched = self.module.forward, []
         return self.run(*args)
+
+
+def _is_under_autocast(graph: fx.Graph) -> bool:
+    """Whether some of a graph runs under autocast on the CPU, on which Dynamo guards."""
+    return torch.is_autocast_enabled("cpu") or any(
+        node.target is _enter_autocast and node.args[0] == "cpu" for node in graph.nodes
+    )
 
 
 def _state(value: Tensor) -> tuple[int, int]:

@@ -256,3 +256,31 @@ def test_an_odd_model_computes_what_it_does_in_torch_through_dynamo(name):
         for batch in (2, 5):
             x = torch.randn(batch, 16)
             assert_same(fast(x), twin(x))
+
+
+def autocast_at_the_end(m, x):
+    y = m.a(x).relu()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        return m.b(y)
+
+
+@pytest.mark.parametrize("forward", [in_series, autocast_at_the_end], ids=["around", "inside"])
+def test_under_autocast_dynamo_gets_what_torch_computes(forward, monkeypatch):
+    monkeypatch.setattr(
+        "sparselt.tune.measure",
+        lambda calls, **_: {c: 100.0 if c == DENSE else 1.0 for c in calls},
+    )
+    torch.manual_seed(0)
+    model = prune_randomly(Odd(forward), 0.1)
+    fast = torch.compile(model, backend=dynamo.backend)
+    x = torch.randn(4, 16)
+    with torch.inference_mode():
+        with torch.autocast("cpu", torch.bfloat16), pytest.warns(UserWarning, match="narrower"):
+            got, want = fast(x), model(x)
+        assert got.dtype is want.dtype is torch.bfloat16
+        assert torch.equal(got, want)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "kernels of the sparselt backend")
+            got, want = fast(x), model(x)
+        assert got.dtype is want.dtype
+        torch.testing.assert_close(got, want)
