@@ -65,6 +65,29 @@ struct Conv2dCall {
   Epilogue epilogue;
 };
 
+// Lines of x that a band kernel copies before it reads them: line i of channel c, `width` floats
+// from from + c * from_stride + (first + i) * width on, goes to to + c * to_stride + i * pitch.
+// Lines outside of [0, height) are zeros.
+struct LineCopy {
+  const float* from;  // null where there is nothing to copy
+  int64_t from_stride;
+  int64_t first;
+  int64_t height;
+  int64_t width;
+  float* to;
+  int64_t to_stride;
+  int64_t pitch;
+  int64_t channels;
+  int64_t lines;
+};
+
+// Some output lines of a convolution: y is the place of line 0, and x holds what the lines meet
+// once they are copied. Pixels beyond the end of a line are not read.
+struct BandCall {
+  LineCopy copy;
+  Conv2dCall product;
+};
+
 // Code for some slices of a block (jit/): adds their products with one vector of the panel to the
 // sums of their rows. `x` is the vector's part of x_block, `sums` its sums, by row, `values` the
 // chunk's first; `bias` has one a row, and is what the first block's code begins with.
@@ -192,17 +215,19 @@ struct DepthwiseCall {
 };
 
 // `rows` counts stored (block) rows; `columns` matrix columns; `pixels` flat pixels as above;
-// `sections` those of SELL; `planes` channels of all images.
+// `lines` output lines; `sections` those of SELL; `planes` channels of all images.
 using PanelKernel = void (*)(const PanelCall& call, Range sections);
 using SpmvKernel = void (*)(const SpmvCall& call, Range sections);
 using SpmmKernel = void (*)(const SpmmCall& call, Range rows, Range columns);
 using Conv2dKernel = void (*)(const Conv2dCall& call, Range rows, Range pixels);
+using BandKernel = void (*)(const BandCall& call, Range rows, Range lines);
 using DepthwiseKernel = void (*)(const DepthwiseCall& call, Range planes);
 
 #define KERNEL_SIGNATURE_panel const PanelCall &call, Range sections
 #define KERNEL_SIGNATURE_code const PanelCall &call, Range sections
 #define KERNEL_SIGNATURE_spmv const SpmvCall &call, Range sections
 #define KERNEL_SIGNATURE_depthwise const DepthwiseCall &call, Range planes
+#define KERNEL_SIGNATURE_band const BandCall &call, Range rows, Range lines
 #define KERNEL_SIGNATURE_spmm const SpmmCall &call, Range rows, Range columns
 #define KERNEL_SIGNATURE_conv2d const Conv2dCall &call, Range rows, Range pixels
 #define KERNEL_DECLARE_cpu(name, op) void name(KERNEL_SIGNATURE_##op);
@@ -216,6 +241,7 @@ namespace cpu {
 #undef KERNEL_DECLARE_cpu
 #undef KERNEL_SIGNATURE_conv2d
 #undef KERNEL_SIGNATURE_spmm
+#undef KERNEL_SIGNATURE_band
 #undef KERNEL_SIGNATURE_depthwise
 #undef KERNEL_SIGNATURE_spmv
 #undef KERNEL_SIGNATURE_code

@@ -11,12 +11,14 @@ struct KernelFunction {
   SpmmKernel spmm = nullptr;
   PanelKernel panel = nullptr;
   Conv2dKernel conv2d = nullptr;
+  BandKernel band = nullptr;
   SpmvKernel spmv = nullptr;
   DepthwiseKernel depthwise = nullptr;
   KernelFunction() = default;
   explicit KernelFunction(SpmmKernel function) : spmm(function) {}
   explicit KernelFunction(PanelKernel function) : panel(function) {}
   explicit KernelFunction(Conv2dKernel function) : conv2d(function) {}
+  explicit KernelFunction(BandKernel function) : band(function) {}
   explicit KernelFunction(SpmvKernel function) : spmv(function) {}
   explicit KernelFunction(DepthwiseKernel function) : depthwise(function) {}
 };
@@ -24,19 +26,13 @@ struct KernelFunction {
 KernelInfo make_info(std::string_view name, std::string_view op, std::string_view format,
                      std::string_view device, Isa isa, int tile_rows, int tile_columns,
                      std::string_view dtype, KernelFunction function) {
-  return {name,
-          op,
-          format,
-          device,
-          isa,
-          tile_rows,
-          tile_columns,
-          dtype,
-          function.spmm,
-          function.conv2d,
-          function.panel,
-          function.spmv,
-          function.depthwise};
+  return {name,          op,
+          format,        device,
+          isa,           tile_rows,
+          tile_columns,  dtype,
+          function.spmm, function.conv2d,
+          function.band, function.panel,
+          function.spmv, function.depthwise};
 }
 
 // A kernel for another architecture, or for CUDA, is listed here but not built into this module.
@@ -83,7 +79,8 @@ std::string why_unusable(const KernelInfo& kernel) {
 const KernelInfo& find_kernel(std::string_view name, std::string_view op, int64_t block_rows) {
   const auto serves = [&](const KernelInfo& kernel) {
     if (kernel.device != "cpu") return false;
-    const bool serves_op = kernel.op == op || kernel.panel || (kernel.op == "spmv" && op == "spmm");
+    const bool serves_op = kernel.op == op || kernel.panel || (kernel.spmv && op == "spmm") ||
+                           (kernel.band && op == "conv2d");
     const bool walks_slices = kernel.panel || kernel.spmv;
     return serves_op && (!walks_slices || kernel.tile_rows == 1 || kernel.tile_rows == block_rows);
   };

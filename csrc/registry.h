@@ -23,6 +23,7 @@ struct KernelInfo {
   std::string_view dtype;
   SpmmKernel spmm;            // null unless op is "spmm" and device is "cpu"
   Conv2dKernel conv2d;        // null unless op is "conv2d" and device is "cpu"
+  BandKernel band;            // null unless op is "band" (serves conv2d) and device is "cpu"
   PanelKernel panel;          // null unless op is "panel" or "code" and device is "cpu"
   SpmvKernel spmv;            // null unless op is "spmv" (serves spmm) and device is "cpu"
   DepthwiseKernel depthwise;  // null unless op is "depthwise" and device is "cpu"

@@ -16,7 +16,8 @@ class KernelInfo:
     Attributes:
         name: the kernel's one name, for example "csr_spmm_avx2".
         op: "spmm", "conv2d", "panel" or "code" for a kernel that serves both, "spmv" for one that
-            serves spmm where there are few columns, or "depthwise".
+            serves spmm where there are few columns, "band" for one that serves conv2d line by line,
+            or "depthwise".
         format: the weight format it reads, a key of `sparselt.formats.FORMATS`, or "dense".
         device: "cpu" or "cuda".
         features: CPU features it needs.
@@ -43,7 +44,8 @@ class KernelInfo:
     def operations(self) -> tuple[str, ...]:
         """The operations it serves: "spmm", "conv2d"."""
         both = ("spmm", "conv2d")
-        return {"panel": both, "code": both, "spmv": ("spmm",)}.get(self.op, (self.op,))
+        served = {"panel": both, "code": both, "spmv": ("spmm",), "band": ("conv2d",)}
+        return served.get(self.op, (self.op,))
 
     def serves(self, op: str, format: str, block_rows: int) -> bool:
         """Whether it runs `op` on weights of `format` with blocks (slices) of `block_rows` rows."""

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // y (B, C_out, P, Q) = clamp(conv2d(x (B, C_in, H, W), W (C_out, C_in / groups, R, S)) + bias +
-// residual), by the way that suits the kernel: conv_planes.cpp or conv_panels.cpp.
+// residual), by the way that suits the kernel: conv_planes.cpp, conv_bands.cpp or conv_panels.cpp.
 #include "ops/conv_problem.h"
 #include "ops/run_task.h"
 
@@ -9,6 +9,7 @@ namespace sparselt {
 
 TaskPointer make_conv_task(const Team& team, const ConvProblem& problem, const Weight& weight,
                            const Epilogue& epilogue) {
+  if (weight.kernel->band) return make_conv_bands(team, problem, weight, epilogue);
   const auto make = weight.kernel->panel ? make_conv_panels : make_conv_planes;
   return make(team, problem, weight, epilogue);
 }

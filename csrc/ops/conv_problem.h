@@ -30,6 +30,10 @@ TaskPointer make_conv_task(const Team& team, const ConvProblem& problem, const W
 TaskPointer make_conv_planes(const Team& team, const ConvProblem& problem, const Weight& weight,
                              const Epilogue& epilogue);
 
+// By a band kernel: each band of x is padded by itself, see conv_bands.cpp.
+TaskPointer make_conv_bands(const Team& team, const ConvProblem& problem, const Weight& weight,
+                            const Epilogue& epilogue);
+
 // By a panel kernel, which masks borders itself; the weight keeps groups in sections of their own.
 TaskPointer make_conv_panels(const Team& team, const ConvProblem& problem, const Weight& weight,
                              const Epilogue& epilogue);
