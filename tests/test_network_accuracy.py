@@ -56,6 +56,7 @@ def test_error_is_at_most_twice_torchs(name: str) -> None:
     assert rows[0]["sparse"] >= layers // 3
 
 
+@pytest.mark.usefixtures("sparse_is_faster")
 def test_error_with_real_masks_is_at_most_twice_torchs() -> None:
     if not networks.has_real_masks():
         data = os.environ.get("SPARSELT_DATA", "")

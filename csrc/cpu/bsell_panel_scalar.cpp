@@ -9,24 +9,20 @@
 namespace sparselt::cpu {
 namespace {
 
-void multiply_slice(const PanelCall& call, int64_t slice, int64_t width) {
+void multiply_row(const PanelCall& call, int64_t slice, int64_t lane, int64_t width,
+                  float* products) {
   const SellView& w = call.weight;
-  const int64_t height = w.slice_height;
   for (int64_t step = w.slice_steps[slice]; step < w.slice_steps[slice + 1]; ++step) {
+    const float value = w.values[step * w.slice_height + lane];
     const float* x = call.x_block + w.columns[step] * width;
-    for (int64_t r = 0; r < height; ++r) {
-      const int32_t m = w.slice_rows[slice * height + r];
-      if (m < 0) continue;
-      const float value = w.values[step * height + r];
-      for (int64_t lane = 0; lane < width; ++lane) call.sums[m * width + lane] += value * x[lane];
-    }
+    for (int64_t n = 0; n < width; ++n) products[n] += value * x[n];
   }
 }
 
 }  // namespace
 
 void bsell_panel_scalar(const PanelCall& call, Range sections) {
-  multiply_panel<multiply_slice>(call, sections);
+  multiply_panel<multiply_row>(call, sections);
 }
 
 }  // namespace sparselt::cpu

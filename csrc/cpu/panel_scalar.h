@@ -10,6 +10,7 @@ namespace sparselt::cpu {
 namespace {
 
 constexpr int kPieceLanes = 16;
+constexpr int kMaxWidth = 64;  // the kernels' tile_columns
 
 void load_piece(const Piece& piece, const float* base, float* row) {
   for (int lane = 0; lane < kPieceLanes; ++lane) {
@@ -47,10 +48,11 @@ void store_row(const PanelCall& call, int64_t m, int64_t width) {
   }
 }
 
-// Adds a slice's products to the sums of its rows, `width` lanes each.
-using SliceFunction = void (*)(const PanelCall& call, int64_t slice, int64_t width);
+// Adds the products of one row of a slice with the block of x, `width` lanes each.
+using RowFunction = void (*)(const PanelCall& call, int64_t slice, int64_t lane, int64_t width,
+                             float* products);
 
-template <SliceFunction kMultiply>
+template <RowFunction kMultiply>
 void multiply_panel(const PanelCall& call, Range sections) {
   const SellView& w = call.weight;
   const int64_t width = int64_t{call.panel.vectors} * kPieceLanes;
@@ -61,15 +63,17 @@ void multiply_panel(const PanelCall& call, Range sections) {
     for (int64_t section = sections.begin; section < sections.end; ++section) {
       const int32_t* slices = w.block_slices + section * w.num_blocks + block;
       for (int64_t i = slices[0] * w.slice_height; i < slices[1] * w.slice_height; ++i) {
-        const int32_t m = w.slice_rows[i];
-        if (m < 0 || block > 0) continue;
+        const int64_t m = w.slice_rows[i];
+        if (m < 0) continue;
+        // A sum of its own for each block: one of all products would round away more.
+        float products[kMaxWidth] = {};
+        kMultiply(call, i / w.slice_height, i % w.slice_height, width, products);
         const float bias = call.epilogue.bias ? call.epilogue.bias[m] : 0.0f;
-        for (int64_t lane = 0; lane < width; ++lane) call.sums[m * width + lane] = bias;
-      }
-      for (int64_t slice = slices[0]; slice < slices[1]; ++slice) kMultiply(call, slice, width);
-      for (int64_t i = slices[0] * w.slice_height; i < slices[1] * w.slice_height; ++i) {
-        const int32_t m = w.slice_rows[i];
-        if (m >= 0 && block + 1 == w.num_blocks) store_row(call, m, width);
+        float* sums = call.sums + m * width;
+        for (int64_t lane = 0; lane < width; ++lane) {
+          sums[lane] = (block > 0 ? sums[lane] : bias) + products[lane];
+        }
+        if (block + 1 == w.num_blocks) store_row(call, m, width);
       }
     }
   }

@@ -4,33 +4,29 @@
 // version, for slices of any height, and the fallback. kernels.h says what a panel is.
 //
 // For each block of columns, the panel's part of x is copied into a scratch, lanes outside every
-// piece as zeros; each stored value then adds value * (its row of the scratch) to the sums of its
-// row of W. After the last block the sums get their bias, residual and clamp on the way to y.
+// piece as zeros; each stored value then adds value * (its row of the scratch) to the block's sums
+// of its row of W, and those are added to the sums of all blocks, which begin with the bias. After
+// the last block the sums get their residual and clamp on the way to y.
 #include "cpu/panel_scalar.h"
 
 namespace sparselt::cpu {
 namespace {
 
-void multiply_slice(const PanelCall& call, int64_t slice, int64_t width) {
+void multiply_row(const PanelCall& call, int64_t slice, int64_t lane, int64_t width,
+                  float* products) {
   const SellView& w = call.weight;
-  const int64_t height = w.slice_height;
   for (int64_t step = w.slice_steps[slice]; step < w.slice_steps[slice + 1]; ++step) {
-    for (int64_t r = 0; r < height; ++r) {
-      const int32_t m = w.slice_rows[slice * height + r];
-      const int64_t column = w.columns[step * height + r];
-      if (m < 0 || column == w.block_cols) continue;
-      const float value = w.values[step * height + r];
-      for (int64_t lane = 0; lane < width; ++lane) {
-        call.sums[m * width + lane] += value * call.x_block[column * width + lane];
-      }
-    }
+    const int64_t at = step * w.slice_height + lane;
+    if (w.columns[at] == w.block_cols) break;
+    const float* x = call.x_block + w.columns[at] * width;
+    for (int64_t n = 0; n < width; ++n) products[n] += w.values[at] * x[n];
   }
 }
 
 }  // namespace
 
 void sell_panel_scalar(const PanelCall& call, Range sections) {
-  multiply_panel<multiply_slice>(call, sections);
+  multiply_panel<multiply_row>(call, sections);
 }
 
 }  // namespace sparselt::cpu
