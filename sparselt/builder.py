@@ -30,8 +30,9 @@ class NotNativeError(Exception):
 
 @dataclass(frozen=True)
 class DenseStep:
-    """A layer that torch computes, and the clamp after it."""
+    """A layer that torch computes, and the clamp after it; `name` is that of its first node."""
 
+    name: str
     module: nn.Module
     lower: float | None
     upper: float | None

@@ -3,7 +3,8 @@
 by layer as planned or dense as a whole.
 
 Layers are timed one at a time, which misses what they do to one another. So the network as planned
-is timed against the same network all dense once more, and dense wins where it is faster. A batch
+is timed against the same network all dense once more, as torch runs it and with prepacked weights,
+and the fastest wins. A batch
 whose activations do not fit a core's cache is timed against as many runs of the network that is
 planned for one sample. That choice is made once for all numbers of threads, since kernels for one
 sample may round otherwise.
@@ -14,7 +15,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -26,20 +27,20 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.utils import _pytree as pytree
 
-from sparselt.builder import operation
+from sparselt.builder import LAYER, operation
 from sparselt.capture import Captured, CaptureError
-from sparselt.cuda_graph import GraphedRun, graphed
-from sparselt.explanation import Row
+from sparselt.cuda_graph import graphed
 from sparselt.lowering import Lowered, lower
-from sparselt.native import Segment, is_of_segment, nativize
+from sparselt.native import nativize
 from sparselt.plan import DENSE, Plan
+from sparselt.planned import Planned, Run, Straight
+from sparselt.prepacked import prepack
 from sparselt.samples import EachSample, agree, first_samples, may_run_each, only_segment
 from sparselt.shapes import copied, propagate
 from sparselt.tune import Tuner, cache_bytes, kind_of
 
-__all__ = ["Bucket", "Family", "Planned", "Run", "Straight"]
+__all__ = ["Bucket", "Family"]
 
-Run = Callable[[Sequence[Any]], Any]
 Bucket = tuple[tuple[int, ...], ...]
 
 # A network this many times as slow all dense needs no second look.
@@ -49,81 +50,8 @@ _CLEAR_LAYERS = 2.0
 # Nor a batch by the kernels of one sample that is so many times as slow as its samples one by one.
 _CLEAR_EACH = 1.3
 # What a choice is between; the first of them is taken where times are about the same.
-_WHOLES = ("planned", "all dense")
+_WHOLES = ("planned", "all dense", "prepacked")
 _WAYS = ("as a batch", "one by one")
-
-
-@dataclass
-class Planned:
-    """A graph planned for inputs of about one size.
-
-    Attributes:
-        lowered: what runs, before native programs took the place of its stretches.
-        module: what runs.
-        constants: the values of the placeholders before the inputs.
-        run: the flat call.
-        note: what was measured of the whole; empty where nothing was.
-        plans: of the layers, by node name, as to be saved.
-        each: whether samples run one after the other; planned for one of them.
-    """
-
-    lowered: Lowered
-    module: fx.GraphModule
-    constants: list[Tensor]
-    run: Run
-    note: str = ""
-    plans: dict[str, Plan] = field(default_factory=dict)
-    each: bool = False
-
-    def others(self) -> tuple[dict[str, int], dict[str, int]]:
-        """How often each operation that is no layer is called, natively and in torch."""
-        others = Counter(self.lowered.others)
-        nodes = (node for node in self.module.graph.nodes if node.op.startswith("call_"))
-        called = Counter(operation(n) for n in nodes if not is_of_segment(n))
-        in_torch = others & called
-        return dict(others - in_torch), dict(in_torch)
-
-    def to_profile(self, leaves: Sequence[Any]) -> tuple[list[Any], Callable[[], object]]:
-        """The placeholders' values to profile the graph with, and the call to time beside it.
-
-        Args:
-            leaves: what the program is called with.
-        """
-        sample = first_samples(leaves) if self.each else None
-        values = [*self.constants, *(sample or leaves)]
-        return values, lambda: self.module.forward(*values) if sample else self.run(leaves)
-
-    @property
-    def notes(self) -> list[str]:
-        """Sentences on the whole, for `explain`."""
-        graphs = self.run.note if isinstance(self.run, GraphedRun) else ""
-        return [note for note in (self.note, graphs) if note]
-
-    @property
-    def rest(self) -> list[str]:
-        """What runs beside the layers, for `explain`."""
-        counts = (
-            ", ".join(f"{name} ({count})" for name, count in sorted(others.items()))
-            for others in self.others()
-        )
-        places = zip(("natively", "in torch"), counts, strict=True)
-        told = "; ".join(f"the rest runs {where}: {count}" for where, count in places if count)
-        return [told] if told else []
-
-
-class Straight:
-    """The flat call of a network that is one native segment, from one tensor to one.
-
-    Args:
-        segment: all of the graph.
-    """
-
-    def __init__(self, segment: Segment) -> None:
-        self.segment = segment
-
-    def __call__(self, leaves: Sequence[Any]) -> Any:
-        """The one result."""
-        return self.segment(*leaves)
 
 
 class Family:
@@ -134,6 +62,7 @@ class Family:
         tuner: plans and times.
         known: plans made before, by bucket and node name.
         each: the buckets of these that run one sample after the other.
+        prepacked: those that run dense with prepacked weights.
     """
 
     def __init__(
@@ -142,12 +71,15 @@ class Family:
         tuner: Tuner,
         known: Mapping[Bucket, Mapping[str, Plan]] | None = None,
         each: Collection[Bucket] = (),
+        prepacked: Collection[Bucket] = (),
     ) -> None:
         self.captured = captured
         self.tuner = tuner
         self.known = known or {}
         self.each = each
+        self.prepacked = prepacked
         self.packed: dict[tuple[Any, ...], Any] = {}
+        self.prepacked_weights: dict[str, Tensor] = {}
         self.planned: dict[Bucket, Planned] = {}
         self.seen: set[tuple[tuple[int, ...] | None, ...]] = set()
 
@@ -206,7 +138,10 @@ class Family:
         packed = dict(self.packed)
         one = self.planned[own] if own in self.planned else self._plan_layers(own, sample, packed)
         each = self._one_by_one(one)
-        alike = self._planned(self._lower(leaves, self.tuner, packed, one.plans), leaves)
+        lowered = self._lower(leaves, self.tuner, packed, one.plans)
+        alike = self._planned(lowered, leaves)
+        if one.prepacked:
+            alike = self._prepacked(lowered, dict(self.prepacked_weights)) or alike
         with torch.inference_mode():
             same = agree(alike.run, each.run, leaves)
         if not same:
@@ -255,40 +190,61 @@ class Family:
     ) -> Planned:
         """Layer by layer, or dense as a whole."""
         known = self.known.get(key)
-        lowered = self._lower(leaves, self.tuner, packed, known)
+        own = dict(packed)
+        lowered = self._lower(leaves, self.tuner, own, known)
+        if key in self.prepacked:
+            found = self._prepacked(lowered, self.prepacked_weights)
+            if found is not None:
+                return found
         planned = self._planned(lowered, leaves)
-        sparse = [row for row in lowered.rows if row.kernel != DENSE]
-        if known is not None or not sparse or self.tuner.is_forced:
-            return planned
-        if _gains_clearly(lowered.plans.values()):
-            return planned
+        is_open = known is None and not self.tuner.is_forced
+        if is_open and not _gains_clearly(lowered.plans.values()):
+            other = self._faster_whole(leaves, planned, packed)
+            if other is not None:
+                return other
+        packed.update(own)
+        return planned
+
+    def _faster_whole(
+        self, leaves: Sequence[Any], planned: Planned, packed: dict[tuple[Any, ...], Any]
+    ) -> Planned | None:
+        """The network all dense, where it is faster than as planned; otherwise notes the times."""
+        lowered = planned.lowered
         on_cuda = [x for x in leaves if isinstance(x, Tensor) and x.is_cuda]
         kernels = [(name, plan.kernel, plan.block) for name, plan in lowered.plans.items()]
         place = ("whole", self._kind, _sizes(leaves), kernels)
-        best = self.tuner.known(_WHOLES, place, on_cuda)
-        # Not kept unless it wins: its weights are dense.
+        is_dense = all(row.kernel == DENSE for row in lowered.rows)
+        names = _WHOLES[::2] if is_dense else _WHOLES
+        # The last of them is not there for every network.
+        best = self.tuner.known(names[:-1], place, on_cuda)
+        # Not kept unless they win: their weights are dense.
         own: dict[tuple[Any, ...], Any] = {}
+        weights = dict(self.prepacked_weights)
+        others: dict[str, Planned] = {}
         if best != _WHOLES[0]:
-            dense = self._lower(leaves, self.tuner.dense(), own, None)
-            other = self._planned(dense, leaves)
-            calls = _calls(_WHOLES, (planned, other), leaves)
-            if best is None and not on_cuda:
+            dense = lowered
+            if not is_dense:
+                dense = self._lower(leaves, self.tuner.dense(), own, None)
+                others[_WHOLES[1]] = self._planned(dense, leaves)
+            prepacked = self._prepacked(dense, weights)
+            if prepacked is not None:
+                others[_WHOLES[2]] = prepacked
+            if not others:
+                return None
+        if best is None:
+            calls = _calls((_WHOLES[0], *others), (planned, *others.values()), leaves)
+            if not on_cuda:
                 self.tuner.is_clear(calls, place, _CLEAR, warm=False)
             best = self.tuner.fastest(calls, place, on_cuda)
         told = self.tuner.told(place)
-        if best == _WHOLES[0]:
-            return replace(planned, note=f"the whole network was measured too: {told}")
-        reason = "stays dense: the whole network measured no faster with sparse layers"
-        dense.rows = [_as_dense(row, reason) for row in lowered.rows]
-        packed.update(own)
-        # A dense program is to be dense again where it is loaded.
-        other.plans = {
-            name: plan
-            if plan.is_dense
-            else replace(plan, kernel=DENSE, format=DENSE, reason=reason)
-            for name, plan in lowered.plans.items()
-        }
-        return replace(other, note=f"the whole network runs dense: {told}")
+        if best not in others:
+            planned.note = f"the whole network was measured too: {told}"
+            return None
+        other = others[best]
+        packed.update(own if not other.prepacked else {})
+        self.prepacked_weights.update(weights if other.prepacked else {})
+        other.note = f"the whole network runs dense: {told}"
+        return _as_dense(other, lowered)
 
     def _lower(
         self,
@@ -298,7 +254,7 @@ class Family:
         known: Mapping[str, Plan] | None,
     ) -> Lowered:
         constants = self.captured.constants
-        return lower(
+        lowered = lower(
             self.captured.module,
             dict(enumerate(constants)),
             [*constants, *leaves],
@@ -307,24 +263,45 @@ class Family:
             packed,
             known,
         )
-
-    def _planned(self, lowered: Lowered, leaves: Sequence[Any]) -> Planned:
-        """The flat call: constants that are still read first, then the inputs."""
         graph = lowered.module.graph
         placeholders = [node for node in graph.nodes if node.op == "placeholder"]
-        count = len(self.captured.constants)
-        unused = {index for index in lowered.unused if index < count}
-        for index in unused:
-            graph.erase_node(placeholders[index])
+        for index in lowered.unused:
+            if index < len(constants):
+                graph.erase_node(placeholders[index])
         lowered.module.recompile()
+        return lowered
+
+    def _planned(self, lowered: Lowered, leaves: Sequence[Any]) -> Planned:
+        """What runs a lowered graph, with native programs."""
         module = nativize(lowered.module)
-        kept = [value for i, value in enumerate(self.captured.constants) if i not in unused]
-        forward = module.forward
-        run = self._as_result(lambda leaves: forward(*kept, *leaves))
+        run, kept = self._flat(lowered, module)
         only = only_segment(module.graph)
         if only is not None and only.is_straight and not kept and self._returns_a_tensor():
             run = Straight(only.segment)
         return Planned(lowered, module, kept, graphed(run, leaves), plans=lowered.plans)
+
+    def _prepacked(self, lowered: Lowered, weights: dict[str, Tensor]) -> Planned | None:
+        """What runs a lowered graph without sparse layers with prepacked weights, if any gain.
+
+        Args:
+            lowered: the graph; not changed.
+            weights: prepacked before, and a place to leave new ones.
+        """
+        module = prepack(lowered.module, weights)
+        if module is None:
+            return None
+        run, kept = self._flat(lowered, module)
+        nodes = (node for node in module.graph.nodes if node.op.startswith("call_"))
+        others = Counter(operation(node) for node in nodes if LAYER not in node.meta)
+        own = replace(lowered, module=module, others=dict(others))
+        return Planned(own, module, kept, run, plans=lowered.plans, prepacked=True)
+
+    def _flat(self, lowered: Lowered, module: fx.GraphModule) -> tuple[Run, list[Tensor]]:
+        """The flat call: constants that are still read first, and these, then the inputs."""
+        unused = set(lowered.unused)
+        kept = [x for i, x in enumerate(self.captured.constants) if i not in unused]
+        forward = module.forward
+        return self._as_result(lambda leaves: forward(*kept, *leaves)), kept
 
     def _returns_a_tensor(self) -> bool:
         return self.captured.output_spec == pytree.tree_structure(torch.empty(0))
@@ -359,8 +336,25 @@ def _sizes(leaves: Sequence[Any]) -> list[Any]:
     return [tuple(x.shape) if isinstance(x, Tensor) else x for x in leaves]
 
 
-def _as_dense(row: Row, reason: str) -> Row:
-    if row.kernel == DENSE:
-        return row
-    plan = None if row.plan is None else replace(row.plan, kernel=DENSE, format=DENSE)
-    return replace(row, kernel=DENSE, format=DENSE, reason=reason, plan=plan)
+def _as_dense(whole: Planned, planned: Lowered) -> Planned:
+    """A dense network with the rows and plans of the same as planned, all dense now."""
+    reason = "stays dense: the whole network measured no faster with sparse layers"
+    # A dense program is to be dense again where it is loaded.
+    whole.plans = {name: _dense_plan(plan, reason) for name, plan in planned.plans.items()}
+    whole.lowered.rows = [
+        row
+        if row.kernel == DENSE
+        else replace(
+            row,
+            kernel=DENSE,
+            format=DENSE,
+            reason=reason,
+            plan=None if row.plan is None else replace(row.plan, kernel=DENSE, format=DENSE),
+        )
+        for row in planned.rows
+    ]
+    return whole
+
+
+def _dense_plan(plan: Plan, reason: str) -> Plan:
+    return plan if plan.is_dense else replace(plan, kernel=DENSE, format=DENSE, reason=reason)

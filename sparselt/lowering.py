@@ -252,7 +252,7 @@ class _Lowering:
                 assert isinstance(module, nn.Linear)
                 module = SemiStructuredLinear(module, plan)
             self.packed[key] = module
-        step = DenseStep(self.packed[key], fusion.lower, fusion.upper)
+        step = DenseStep(layer.node.name, self.packed[key], fusion.lower, fusion.upper)
         return _bind_dense(step), step
 
     def replace(

@@ -49,12 +49,14 @@ class Loaded:
         captured: the graph.
         plans: as saved, by bucket and node name; empty where they are another machine's.
         each: the buckets whose samples run one after the other.
+        prepacked: the buckets that run dense with prepacked weights.
         seen: the shapes that the program had run before it was saved, one a call.
     """
 
     captured: Captured
     plans: dict[Bucket, dict[str, Plan]] = field(default_factory=dict)
     each: set[Bucket] = field(default_factory=set)
+    prepacked: set[Bucket] = field(default_factory=set)
     seen: list[list[tuple[int, ...] | None]] = field(default_factory=list)
 
 
@@ -138,6 +140,7 @@ def _text(family: Family, constants: list[int]) -> dict[str, Any]:
             bucket,
             {str(names.index(node)): _plan_text(plan) for node, plan in found.plans.items()},
             found.each,
+            found.prepacked,
         ]
         for bucket, found in family.planned.items()
     ]
@@ -181,12 +184,15 @@ def _loaded(text: Mapping[str, Any], tensors: Sequence[Tensor], same_machine: bo
     )
     plans: dict[Bucket, dict[str, Plan]] = {}
     each: set[Bucket] = set()
-    for bucket, entries, one_by_one in text["plans"] if same_machine else ():
+    prepacked: set[Bucket] = set()
+    for bucket, entries, one_by_one, is_prepacked in text["plans"] if same_machine else ():
         key = tuple(tuple(map(_index, part)) for part in bucket)
         plans[key] = {f"n{int(node)}": _plan(entry) for node, entry in entries.items()}
         if one_by_one:
             each.add(key)
-    return Loaded(captured, plans, each, seen)
+        if is_prepacked:
+            prepacked.add(key)
+    return Loaded(captured, plans, each, prepacked, seen)
 
 
 class _Seen:

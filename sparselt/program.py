@@ -22,8 +22,9 @@ from sparselt.capture import Captured, CaptureError, capture
 from sparselt.conversion import as_call, convert, densify, prepare, run_once
 from sparselt.errors import OptionError, ProgramFileError, ShapeError, explain_mismatch
 from sparselt.explanation import Explanation, explain
-from sparselt.family import Family, Run, Straight
+from sparselt.family import Family
 from sparselt.native import SegmentProgram
+from sparselt.planned import Run, Straight
 from sparselt.portable import Loaded, read_program, write_program
 from sparselt.profiling import Profile, profile_graph, profile_modules
 from sparselt.shelf import Shelf
@@ -79,12 +80,11 @@ class Program:
         program = cls.__new__(cls)
         program._begin(None, title, graphs[0].captured.constants)
         for loaded in graphs:
-            family = Family(loaded.captured, program._tuner, loaded.plans, loaded.each)
-            program._families.append(family)
+            made = loaded.plans, loaded.each, loaded.prepacked
+            program._families.append(Family(loaded.captured, program._tuner, *made))
         try:
             for loaded in graphs:
-                leaves = _example(loaded)
-                spec = loaded.captured.input_spec
+                leaves, spec = _example(loaded), loaded.captured.input_spec
                 run = program._add_route(_signature(leaves, spec), leaves, spec)
                 with torch.inference_mode():
                     run(leaves)

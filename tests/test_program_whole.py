@@ -14,9 +14,10 @@ from sparselt.tune_cache import cache_folder
 
 def favour(monkeypatch, whole, layer_us=1.5):
     """Each layer is measured faster sparse, `layer_us` dense against little more than 1; of the two
-    whole networks, the one that is named.
+    whole networks, the one that is named. There is no third one with prepacked weights.
     """
     torch.set_num_threads(1)
+    monkeypatch.setattr("sparselt.family.prepack", lambda *_: None)
     monkeypatch.setattr("sparselt.tune.glance", lambda *_: None)
 
     def measure(calls, **_):

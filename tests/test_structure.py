@@ -60,6 +60,8 @@ GRAPH = {
     "emit",
     "emit_views",
     "native",
+    "planned",
+    "prepacked",
     "samples",
     "shapes",
     "capture",
@@ -94,8 +96,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "nn": DATA | {"packed", "ops", "facts", "moving"},
     "semi_structured": {"plan", "facts"},
     "tune_cache": {"tickets"},
-    "cpu_timer": set(),
-    "cuda_timer": set(),
+    **{unit: set[str]() for unit in ("cpu_timer", "cuda_timer")},
     "candidate_calls": LAYER | {"cpu_timer", "neighbours"},
     "tune": LAYER
     | {"candidate_calls", "cpu_timer", "cuda_timer", "extension", "neighbours", "tune_cache"},
@@ -109,6 +110,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "emit": LAYER | {"builder", "emit_views", "extension", "few_channels", "fuse", "neighbours"},
     "emit_views": {"builder", "fuse"},
     "native": {"builder", "emit", "emit_views", "extension", "fuse"},
+    "prepacked": {"builder", "fuse", "shapes"},
     "samples": {"native", "shapes"},
     "shapes": set(),
     "lowering": LAYER
@@ -119,8 +121,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "portable": LAYER | {"capture", "family", "graph_text", "tune"},
     "graph_text": set(),
     "cuda_graph": BASE,
+    "planned": {"builder", "cuda_graph", "lowering", "native", "plan", "samples"},
     "family": {"builder", "capture", "cuda_graph", "explanation", "lowering", "native"}
-    | {"plan", "samples", "shapes", "tune"},
+    | {"plan", "planned", "prepacked", "samples", "shapes", "tune"},
     "dynamo": BASE | {"cuda_graph", "tune", "explanation", "lowering", "native"},
     "program": WHOLE_MODEL - {"program"},
     "measure": WHOLE_MODEL | {"cpu_timer", "extension", "reference", "sparselt"},
