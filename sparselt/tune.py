@@ -347,7 +347,7 @@ class Tuner:
 def _part(x: Tensor) -> Tensor:
     """The first samples of a batch, as many as are far more than the caches near a core hold."""
     count = len(x)
-    while count % 2 == 0 and x.dim() > 1 and x.numel() // len(x) * count >= 2 * _LARGE_INPUT:
+    while count % 2 == 0 and x.dim() > 1 and x[:1].numel() * count >= 2 * _LARGE_INPUT:
         count //= 2
     return x[:count]
 
