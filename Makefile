@@ -30,7 +30,7 @@ test-scalar: $(VENV)/.installed  ## Run the tests with the portable kernels alon
 	SPARSELT_ISA=scalar $(BIN)/python -m pytest -n $(TEST_PROCESSES) $(PYTEST_ARGS)
 
 # The sanitized module lives in a copy of the sources, so that the ordinary one stays as it is.
-test-sanitized: $(VENV)/.installed  ## Run the kernel tests under Address- and UndefinedBehaviorSanitizer.
+test-sanitized: $(VENV)/.installed  ## Run the tests of kernels and programs under Address- and UndefinedBehaviorSanitizer.
 	mkdir -p $(SANITIZED)
 	rm -rf $(addprefix $(SANITIZED)/,csrc sparselt tests)
 	cp -pR setup.py pyproject.toml csrc sparselt tests $(SANITIZED)
@@ -39,7 +39,8 @@ test-sanitized: $(VENV)/.installed  ## Run the kernel tests under Address- and U
 	cd $(SANITIZED) && PYTHONPATH=. PYTHONMALLOC=malloc \
 	    LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	    ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-	    $(abspath $(BIN))/python -m pytest -p no:cacheprovider tests/test_kernel*.py tests/test_ops*.py $(PYTEST_ARGS)
+	    $(abspath $(BIN))/python -m pytest -p no:cacheprovider tests/test_kernel*.py tests/test_ops*.py \
+	    tests/test_native*.py tests/test_program_*.py $(PYTEST_ARGS)
 
 fuzz: $(VENV)/.installed  ## Run random problems through every kernel, and random networks, against float64.
 	$(BIN)/python tests/fuzz.py $(FUZZ_ARGS)
