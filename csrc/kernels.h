@@ -138,6 +138,17 @@ struct SellView {
   bool mirrored = false;  // whether columns find the negative of x too (sign)
 };
 
+// The bits format: the stored values of each row in order, and which columns they are of. Bit c %
+// 16 of mask (m, c / 16) says whether (m, c) is stored; those of columns beyond the last are 0.
+constexpr int64_t kMaskBits = 16;
+struct BitsView {
+  const int32_t* crow_indices;  // rows + 1: the first value of each row
+  const uint16_t* masks;        // rows x ceil(cols / 16)
+  const float* values;          // and kMaskBits more, so that 16 may be read from any on
+  int64_t rows;
+  int64_t cols;
+};
+
 // Lanes of a panel's vector of 16: the lanes in `mask` lie at base + offset + lane.
 struct Piece {
   int32_t offset;
@@ -176,6 +187,11 @@ struct PanelCall {
 // block_stride + c * lanes. Lanes from `columns` on are zeros, and so are all of c = block_cols,
 // what short rows are filled up with. For the sign format the negative of each block follows it, so
 // that its columns find it. ops/spmv.cpp makes this.
+//
+// For the bits format `bits` stands in place of `weight`, and column n of x is contiguous, from x +
+// n
+// * block_stride on, with zeros up to a multiple of 16; `lanes` says nothing. ops/bits.cpp makes
+// this.
 constexpr int64_t kMaxSpmvColumns = 16;
 struct SpmvCall {
   SellView weight;
@@ -188,6 +204,7 @@ struct SpmvCall {
   int64_t y_row_stride;  // 1 where lanes is 1
   int64_t y_column_stride;
   Epilogue epilogue;
+  BitsView bits{};
 };
 
 // One direction of a window that slides over an image.
@@ -215,7 +232,7 @@ struct DepthwiseCall {
 };
 
 // `rows` counts stored (block) rows; `columns` matrix columns; `pixels` flat pixels as above;
-// `lines` output lines; `sections` those of SELL; `planes` channels of all images.
+// `lines` output lines; `sections` those of SELL, rows of bits; `planes` channels of all images.
 using PanelKernel = void (*)(const PanelCall& call, Range sections);
 using SpmvKernel = void (*)(const SpmvCall& call, Range sections);
 using SpmmKernel = void (*)(const SpmmCall& call, Range rows, Range columns);

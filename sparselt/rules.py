@@ -39,6 +39,9 @@ _SPMV_HEIGHT = 8  # for a kernel that takes any; the AVX2 kernel's, so that the 
 _SPMV_BLOCK_COLS = 2**15 - 1
 _SIGN_BLOCK_COLS = 2**14 - 1
 
+# A step over 16 positions takes its time even where nothing is kept.
+_BITS_FROM = 0.15
+
 # Generated code goes through few rows at a time, so its blocks fill an L2, not an L1.
 _CODE_BLOCK_COLS = 256
 
@@ -118,6 +121,11 @@ def _suits_large_groups(facts: Facts) -> str:
     return f"is for groups of at least {_LEAST_GROUP_ROWS} rows" if few else ""
 
 
+def _suits_many_weights(facts: Facts) -> str:
+    few = facts.density < _BITS_FROM
+    return f"is for at least {100 * _BITS_FROM:.0f} % kept weights" if few else ""
+
+
 def _suits_signs(facts: Facts) -> str:
     return "" if facts.one_magnitude else "the weights of a row differ in magnitude"
 
@@ -147,6 +155,7 @@ RULES: dict[str, Rule] = {
     "sell": Rule(_suits_large_groups, _slices, pays_below=0.30),
     "bsell": Rule(_suits_rows_of_blocks, _rows_of_blocks, pays_below=0.45),
     "sign": Rule(_suits_signs, _sign_slices, pays_below=0.45),
+    "bits": Rule(_suits_many_weights, pays_below=0.45),
     "bsr_nhwc": Rule(_suits_blocks, _own_blocks),
 }
 _PLAIN = Rule()

@@ -25,6 +25,7 @@ FORMAT_BLOCKS = [
     *(("bsell", block) for block in ((4, 128), (8, 5), (16, 1), (4, 32767))),
     *(("tile8", block) for block in (None, (32, 128))),
     *(("sign", block) for block in (None, (2, 5), (1, 1), (16, 16383))),
+    ("bits", None),
     ("bitmask", None),
     ("patch8", None),
     *(("bsr_nhwc", block) for block in (None, (2, 3), (16, 16))),
@@ -196,7 +197,7 @@ def test_sizes_are_what_the_parts_say(format: str, block: tuple[int, int] | None
     packed = pack(suited(format, weight), mask, format, block)
     assert (packed.rows, packed.cols) == (16, 75)
     # What fills up a chunk is no stored value.
-    chunked = format in ("tile8", "bitmask", "patch8")
+    chunked = format in ("tile8", "bitmask", "patch8", "bits")
     whole = packed.columns if format == "sign" else packed.values
     stored = int(mask.sum()) if chunked else whole.numel()
     assert packed.nnz == stored >= int(mask.sum())

@@ -104,6 +104,18 @@ void view_sign(const Parts& parts, const int64_t* block, Weight& weight) {
   weight.sell.mirrored = true;
 }
 
+void view_bits(const Parts& parts, const int64_t*, Weight& weight) {
+  check_format(parts, 3, 1, 2, weight);
+  const int64_t masks = (weight.cols + kMaskBits - 1) / kMaskBits;
+  const int64_t values = parts[2].numel();
+  weight.bits = {data_of<int32_t>(parts[0], "crow_indices", ScalarType::Int, weight.rows + 1),
+                 data_of<uint16_t>(parts[1], "masks", ScalarType::Short, weight.rows * masks),
+                 data_of<float>(parts[2], "values", ScalarType::Float, values), weight.rows,
+                 weight.cols};
+  STD_TORCH_CHECK(weight.bits.crow_indices[weight.rows] + kMaskBits == values, "values: expected ",
+                  kMaskBits, " more than the last row ends at");
+}
+
 struct FormatView {
   std::string_view format;
   void (*view)(const Parts& parts, const int64_t* block, Weight& weight);
@@ -112,7 +124,7 @@ struct FormatView {
 // A line a format that kernels of the CPU read.
 constexpr FormatView kViews[] = {
     {"csr", view_csr},     {"bsr", view_bsr},   {"sell", view_sell},
-    {"bsell", view_bsell}, {"sign", view_sign},
+    {"bsell", view_bsell}, {"sign", view_sign}, {"bits", view_bits},
 };
 
 }  // namespace

@@ -6,6 +6,7 @@
 #include <cstring>
 #include <vector>
 
+#include "ops/bits.h"
 #include "ops/partition.h"
 
 namespace sparselt {
@@ -128,6 +129,9 @@ class SpmvTask final : public Task {
 
 TaskPointer make_spmv_task(const Team& team, const Weight& weight, Layout x_layout, Layout y_layout,
                            int64_t columns, const Epilogue& epilogue) {
+  if (weight.bits.crow_indices) {
+    return make_bits_task(team, weight, x_layout, y_layout, columns, epilogue);
+  }
   return std::make_unique<SpmvTask>(team, weight, x_layout, y_layout, columns, epilogue);
 }
 

@@ -15,6 +15,7 @@ struct Weight {
   int64_t cols;
   SparseView view;                             // of csr and bsr
   SellView sell;                               // of the sliced formats
+  BitsView bits;                               // of bits; all null of others
   std::shared_ptr<const jit::PanelCode> code;  // what sell.code points into
 };
 

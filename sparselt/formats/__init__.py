@@ -8,6 +8,7 @@ from torch import Tensor
 from sparselt.errors import FormatError, explain_mismatch
 from sparselt.formats.base import SparseWeight
 from sparselt.formats.bitmask import Bitmask
+from sparselt.formats.bits import Bits
 from sparselt.formats.bsell import BSELL
 from sparselt.formats.bsr import BSR
 from sparselt.formats.bsr_nhwc import ChannelsLastBSR
@@ -24,6 +25,7 @@ __all__ = [
     "FORMATS",
     "SELL",
     "Bitmask",
+    "Bits",
     "ChannelsLastBSR",
     "Patch8",
     "Sign",
@@ -38,6 +40,7 @@ FORMATS: dict[str, type[SparseWeight]] = {
     "sell": SELL,
     "bsell": BSELL,
     "sign": Sign,
+    "bits": Bits,
     "tile8": Tile8,
     "bitmask": Bitmask,
     "patch8": Patch8,
@@ -62,10 +65,9 @@ def pack(
             convolution; float32, float16 or bfloat16, any strides.
         mask: the same shape, bool or 0/1 valued: what to keep. A kept 0.0 stays stored. None keeps
             every weight that is not 0.
-        format: a key of `FORMATS`. "sell", "bsell" and "sign" are for the CPU, "sign" for weights
-            of one magnitude a row; "tile8", "bitmask" and
-            "patch8" are for few columns on CUDA, "bsr_nhwc" for convolutions over channels-last
-            maps there.
+        format: a key of `FORMATS`. "sell", "bsell", "sign" and "bits" are for the CPU, "sign" for
+            weights of one magnitude a row, "bits" for few columns; "tile8", "bitmask" and "patch8"
+            are for few columns on CUDA, "bsr_nhwc" for convolutions over channels-last maps there.
         block: (rows, cols) of a block, for "sell", "bsell" and "sign" of a slice and a block of
             columns; None means the format's own, which is (4, 1) for "bsr".
         groups: of the convolution that the weight is for. "sell" and "bsell" keep the rows of each

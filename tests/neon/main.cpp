@@ -26,8 +26,10 @@ int main(int count, char** arguments) {
     if (kernel.device != "cpu") continue;
     const std::string name(kernel.name);
     if (!chosen.empty() && std::find(chosen.begin(), chosen.end(), name) == chosen.end()) continue;
-    const std::string missing =
-        kernel.depthwise ? "no table of problems for " + std::string(kernel.op) : "";
+    const bool has_table = !kernel.depthwise && kernel.op != "band" && kernel.format != "bits";
+    const std::string missing = has_table ? ""
+                                          : "no table of problems for " + std::string(kernel.op) +
+                                                " of " + std::string(kernel.format);
     const std::string unusable = sparselt::why_unusable(kernel);
     const std::string reason = unusable.empty() ? missing : unusable;
     if (reason.empty()) {
