@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import no_loss
+from bench import memory, no_loss
 from sparselt import cli
 from sparselt.errors import DataError, OptionError
 from sparselt.measure import model, networks, report, table
@@ -172,3 +172,12 @@ def test_a_network_that_loses_is_timed_again(
     row = no_loss.time_one(no_loss.Sample("linear", 16, 0, 3, 0.5), with_compile=False)
     assert (len(spent), row["lost"], row["wrong"]) == (measured, lost, False)
     assert spent == sorted(spent)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
+def test_memory_is_that_of_processes_that_load_and_call() -> None:
+    rows = memory.measure_memory("lenet", 3, 0.1)
+    assert [row["side"] for row in rows] == ["torch imported", "sparselt", "torch"]
+    for row in rows[1:]:
+        assert rows[0]["loaded_mib"] < row["peak_mib"]
+        assert 0 < row["loaded_mib"] <= row["loading_peak_mib"] <= row["peak_mib"]
