@@ -101,7 +101,8 @@ def main(argv: list[str] | None = None) -> int:
     rows = [
         row for batch in given.batch for row in measure_memory(given.network, batch, given.density)
     ]
-    table = Table(*rows[0], title=one_line(header()))
+    names = [key.removesuffix("_mib").replace("_", " ") for key in rows[0]]
+    table = Table(*names, title=f"MiB resident. {one_line(header())}")
     for row in rows:
         table.add_row(*map(str, row.values()))
     Console().print(table)
