@@ -33,7 +33,7 @@ struct SparseView {
 // unused.
 struct Epilogue {
   const float* bias;      // one a row, or null
-  const float* residual;  // laid out as y, or null
+  const float* residual;  // laid out as y (panels have it say how), or null
   float lower;
   float upper;
 };
@@ -156,10 +156,21 @@ struct Piece {
   uint16_t mask;
 };
 
+// Where the rows of a panel's result lie: the lanes of row m at (m + m / period) * stride plus its
+// pieces.
+struct PanelRows {
+  int64_t stride;
+  uint32_t period;
+  const Piece* pieces;
+  int num_pieces;
+};
+
 // What a panel of up to kMaxPanelVectors * 16 output columns (or pixels) reads and writes. Column k
 // of the weight is tap k % taps of channel k / taps, and meets the values at x + (k / taps) *
 // channel_stride plus the tap's pieces; lanes in no piece are zero (padding, or beyond the last
-// column). ops/panels.h makes these.
+// column). Where `loads` is null, x lies in panels as a kernel would copy it: column c of block b
+// is the 16 floats at x + (b * (block_cols + 1) + c) * 16 of each vector, aligned to 64 bytes, and
+// c = block_cols is zeros. ops/panels.h makes these.
 struct Panel {
   const float* x;
   int64_t channel_stride;
@@ -168,17 +179,18 @@ struct Panel {
   const Piece* loads;        // `vectors` pieces a tap, one for each vector in order
   const Piece* extra_loads;  // further pieces of vectors that one piece does not cover
   const int32_t* tap_extra;  // taps + 1: the tap's first extra piece
-  float* y;  // row m of the weight goes to y + m * y_stride plus the pieces of `stores`
-  int64_t y_stride;
-  const Piece* stores;
-  int num_stores;
+  int64_t x_vector_stride;   // from a vector to the next where x lies in panels
+  float* y;
+  PanelRows y_rows;
+  PanelRows residual_rows;  // of epilogue.residual
 };
 
 struct PanelCall {
   SellView weight;
   Panel panel;
   Epilogue epilogue;
-  float* x_block;  // scratch: (block_cols + 1) * vectors * 16 floats, aligned to 64 bytes
+  float* x_block;  // scratch: (block_cols + 1) * vectors * 16 floats, aligned to 64 bytes; unused
+                   // where x lies in panels
   float* sums;     // scratch: rows * vectors * 16 floats, aligned to 64 bytes
 };
 

@@ -23,8 +23,8 @@ constexpr int kTileRows = 4;
 
 // Rows [first_row, first_row + kTileRows) of a slice, N registers from `first` on.
 template <int NV, int N>
-void multiply_tile(const PanelCall& call, int64_t slice, int64_t first_row, int first,
-                   bool is_first, bool finish) {
+void multiply_tile(const PanelCall& call, const XBlock& x, int64_t slice, int64_t first_row,
+                   int first, bool is_first, bool finish) {
   const SellView& w = call.weight;
   __m256 sum[kTileRows][N];
   SPARSELT_UNROLL
@@ -33,12 +33,11 @@ void multiply_tile(const PanelCall& call, int64_t slice, int64_t first_row, int 
     for (int i = 0; i < N; ++i) sum[r][i] = _mm256_setzero_ps();
   }
   const float* values = w.values + w.slice_steps[slice] * w.slice_height + first_row;
-  const float* x_block = call.x_block + first * kLanes;
   for (int64_t step = w.slice_steps[slice]; step < w.slice_steps[slice + 1]; ++step) {
-    const float* x = x_block + int64_t{w.columns[step]} * (NV * kPieceLanes);
+    const int64_t at = int64_t{w.columns[step]} * kPieceLanes;
     __m256 data[N];
     SPARSELT_UNROLL
-    for (int i = 0; i < N; ++i) data[i] = _mm256_load_ps(x + i * kLanes);
+    for (int i = 0; i < N; ++i) data[i] = _mm256_load_ps(register_of(x, first + i) + at);
     SPARSELT_UNROLL
     for (int r = 0; r < kTileRows; ++r) {
       const __m256 value = _mm256_broadcast_ss(values + r);
@@ -62,15 +61,15 @@ void multiply_tile(const PanelCall& call, int64_t slice, int64_t first_row, int 
 }
 
 template <int NV>
-void multiply_block(const PanelCall& call, int64_t first_slice, int64_t last_slice, bool is_first,
-                    bool is_last) {
+void multiply_block(const PanelCall& call, const XBlock& x, int64_t first_slice, int64_t last_slice,
+                    bool is_first, bool is_last) {
   constexpr int kTileRegisters = NV == 1 ? 2 : NV;
   const int64_t height = call.weight.slice_height;
-  const bool finish = is_last && is_whole<NV>(call.panel);
+  const bool finish = is_last && is_whole<NV>(call);
   for (int64_t slice = first_slice; slice < last_slice; ++slice) {
     for (int64_t row = 0; row < height; row += kTileRows) {
       for (int first = 0; first < 2 * NV; first += kTileRegisters) {
-        multiply_tile<NV, kTileRegisters>(call, slice, row, first, is_first, finish);
+        multiply_tile<NV, kTileRegisters>(call, x, slice, row, first, is_first, finish);
       }
     }
     if (!is_last || finish) continue;

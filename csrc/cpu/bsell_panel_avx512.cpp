@@ -23,8 +23,8 @@ namespace {
 
 // Rows [first, first + R) of a slice.
 template <int R, int NV>
-void multiply_tile(const PanelCall& call, int64_t slice, int64_t first, bool is_first,
-                   bool is_last) {
+void multiply_tile(const PanelCall& call, const XBlock& x, int64_t slice, int64_t first,
+                   bool is_first, bool is_last) {
   const SellView& w = call.weight;
   __m512 sum[R][NV];
   SPARSELT_UNROLL
@@ -34,10 +34,10 @@ void multiply_tile(const PanelCall& call, int64_t slice, int64_t first, bool is_
   }
   const float* values = w.values + w.slice_steps[slice] * w.slice_height + first;
   for (int64_t step = w.slice_steps[slice]; step < w.slice_steps[slice + 1]; ++step) {
-    const float* x = call.x_block + int64_t{w.columns[step]} * (NV * kLanes);
+    const float* at = x.first + int64_t{w.columns[step]} * kLanes;
     __m512 data[NV];
     SPARSELT_UNROLL
-    for (int v = 0; v < NV; ++v) data[v] = _mm512_load_ps(x + v * kLanes);
+    for (int v = 0; v < NV; ++v) data[v] = _mm512_load_ps(at + v * x.vector_stride);
     SPARSELT_UNROLL
     for (int r = 0; r < R; ++r) {
       const __m512 value = _mm512_set1_ps(values[r]);
@@ -61,16 +61,16 @@ void multiply_tile(const PanelCall& call, int64_t slice, int64_t first, bool is_
 }
 
 template <int NV>
-void multiply_block(const PanelCall& call, int64_t first_slice, int64_t last_slice, bool is_first,
-                    bool is_last) {
+void multiply_block(const PanelCall& call, const XBlock& x, int64_t first_slice, int64_t last_slice,
+                    bool is_first, bool is_last) {
   constexpr int kTallTile = NV == 4 ? 4 : 8;  // 8 x 4 sums would leave no register for x
   const int64_t height = call.weight.slice_height;
   for (int64_t slice = first_slice; slice < last_slice; ++slice) {
     int64_t row = 0;
     for (; row + kTallTile <= height; row += kTallTile) {
-      multiply_tile<kTallTile, NV>(call, slice, row, is_first, is_last);
+      multiply_tile<kTallTile, NV>(call, x, slice, row, is_first, is_last);
     }
-    if (row < height) multiply_tile<4, NV>(call, slice, row, is_first, is_last);
+    if (row < height) multiply_tile<4, NV>(call, x, slice, row, is_first, is_last);
   }
 }
 

@@ -16,7 +16,8 @@ constexpr int kTileRows = 4;
 
 // Rows [first_row, first_row + kTileRows) of a slice, vector `v` of the panel.
 template <int NV>
-void multiply_tile(const PanelCall& call, int64_t slice, int64_t first_row, int v, bool is_first) {
+void multiply_tile(const PanelCall& call, const XBlock& x, int64_t slice, int64_t first_row, int v,
+                   bool is_first) {
   const SellView& w = call.weight;
   float32x4_t sum[kTileRows][kQuads];
   SPARSELT_UNROLL
@@ -25,12 +26,12 @@ void multiply_tile(const PanelCall& call, int64_t slice, int64_t first_row, int 
     for (int i = 0; i < kQuads; ++i) sum[r][i] = vdupq_n_f32(0.0f);
   }
   const float* values = w.values + w.slice_steps[slice] * w.slice_height + first_row;
-  const float* x_block = call.x_block + v * kPieceLanes;
+  const float* vector = x.first + v * x.vector_stride;
   for (int64_t step = w.slice_steps[slice]; step < w.slice_steps[slice + 1]; ++step) {
-    const float* x = x_block + int64_t{w.columns[step]} * (NV * kPieceLanes);
+    const float* at = vector + int64_t{w.columns[step]} * kPieceLanes;
     float32x4_t data[kQuads];
     SPARSELT_UNROLL
-    for (int i = 0; i < kQuads; ++i) data[i] = vld1q_f32(x + i * kLanes);
+    for (int i = 0; i < kQuads; ++i) data[i] = vld1q_f32(at + i * kLanes);
     SPARSELT_UNROLL
     for (int r = 0; r < kTileRows; ++r) {
       const float value = values[r];
@@ -47,12 +48,12 @@ void multiply_tile(const PanelCall& call, int64_t slice, int64_t first_row, int 
 }
 
 template <int NV>
-void multiply_block(const PanelCall& call, int64_t first_slice, int64_t last_slice, bool is_first,
-                    bool is_last) {
+void multiply_block(const PanelCall& call, const XBlock& x, int64_t first_slice, int64_t last_slice,
+                    bool is_first, bool is_last) {
   const int64_t height = call.weight.slice_height;
   for (int64_t slice = first_slice; slice < last_slice; ++slice) {
     for (int64_t row = 0; row < height; row += kTileRows) {
-      for (int v = 0; v < NV; ++v) multiply_tile<NV>(call, slice, row, v, is_first);
+      for (int v = 0; v < NV; ++v) multiply_tile<NV>(call, x, slice, row, v, is_first);
     }
     if (!is_last) continue;
     const int32_t* rows = call.weight.slice_rows + slice * height;

@@ -9,13 +9,11 @@
 namespace sparselt::cpu {
 namespace {
 
-void multiply_row(const PanelCall& call, int64_t slice, int64_t lane, int64_t width,
+void multiply_row(const PanelCall& call, const XBlock& x, int64_t slice, int64_t lane,
                   float* products) {
   const SellView& w = call.weight;
   for (int64_t step = w.slice_steps[slice]; step < w.slice_steps[slice + 1]; ++step) {
-    const float value = w.values[step * w.slice_height + lane];
-    const float* x = call.x_block + w.columns[step] * width;
-    for (int64_t n = 0; n < width; ++n) products[n] += value * x[n];
+    add_product(call, x, w.values[step * w.slice_height + lane], w.columns[step], products);
   }
 }
 

@@ -25,20 +25,35 @@ inline __m256 load_half(const float* base, const Piece& piece, int half) {
   return _mm256_maskload_ps(at, half_mask(piece.mask, half));
 }
 
-// Rows [first, last) of x for this panel into the scratch, NV vectors of 16 each.
+// A block of x: row c of vector v is the 16 floats at first + v * vector_stride + c * kPieceLanes.
+struct XBlock {
+  const float* first;
+  int64_t vector_stride;
+};
+
+// Register i of each row.
+inline const float* register_of(const XBlock& x, int i) {
+  return x.first + i / 2 * x.vector_stride + i % 2 * kLanes;
+}
+
+// Rows [first, last) of x for this panel into the scratch, each vector with a row of zeros at the
+// end: what a filled-up row multiplies its zeros with, since any other x could be infinite.
 template <int NV>
-void load_block(const Panel& panel, int64_t first, int64_t last, float* block) {
+void copy_block(const PanelCall& call, int64_t first, int64_t last) {
+  const Panel& panel = call.panel;
+  const int64_t stride = (call.weight.block_cols + 1) * kPieceLanes;
   int64_t tap = first % panel.taps;
   const float* base = panel.x + first / panel.taps * panel.channel_stride;
-  for (int64_t k = first; k < last; ++k, block += NV * kPieceLanes) {
+  float* to = call.x_block;
+  for (int64_t k = first; k < last; ++k, to += kPieceLanes) {
     const Piece* pieces = panel.loads + tap * NV;
     for (int i = 0; i < 2 * NV; ++i) {
-      _mm256_store_ps(block + i * kLanes, load_half(base, pieces[i / 2], i % 2));
+      _mm256_store_ps(to + i / 2 * stride + i % 2 * kLanes, load_half(base, pieces[i / 2], i % 2));
     }
     for (int32_t e = panel.tap_extra[tap]; e < panel.tap_extra[tap + 1]; ++e) {
       const Piece& piece = panel.extra_loads[e];
       for (int half = 0; half < 2; ++half) {
-        float* at = block + piece.vector * kPieceLanes + half * kLanes;
+        float* at = to + piece.vector * stride + half * kLanes;
         // Pieces of a vector share no lane, and their other lanes are zero.
         const __m256 more = load_half(base, piece, half);
         _mm256_store_ps(at, _mm256_or_ps(_mm256_load_ps(at), more));
@@ -49,12 +64,30 @@ void load_block(const Panel& panel, int64_t first, int64_t last, float* block) {
       base += panel.channel_stride;
     }
   }
+  for (int i = 0; i < 2 * NV; ++i) {
+    float* filler = call.x_block + (i / 2 + 1) * stride - kPieceLanes;
+    _mm256_store_ps(filler + i % 2 * kLanes, _mm256_setzero_ps());
+  }
 }
 
-// Residual, clamp and store of one half of a piece.
-inline void store_half(__m256 sum, const Piece& piece, int half, const Epilogue& e,
-                       const float* residual, float* y) {
-  if (residual) sum = _mm256_add_ps(sum, load_half(residual, piece, half));
+// Block `block` of this panel's x: where it lies, or copied.
+template <int NV>
+XBlock x_of_block(const PanelCall& call, int64_t block) {
+  const SellView& w = call.weight;
+  if (!call.panel.loads) {
+    return {call.panel.x + block * (w.block_cols + 1) * kPieceLanes, call.panel.x_vector_stride};
+  }
+  const int64_t first = block * w.block_cols;
+  copy_block<NV>(call, first, first + w.block_cols < w.cols ? first + w.block_cols : w.cols);
+  return {call.x_block, (w.block_cols + 1) * kPieceLanes};
+}
+
+inline int64_t place_of_row(const PanelRows& rows, int64_t m) {
+  return (m + static_cast<uint32_t>(m) / rows.period) * rows.stride;
+}
+
+// Clamp and store of one half of a piece.
+inline void store_half(__m256 sum, const Piece& piece, int half, const Epilogue& e, float* y) {
   // The second operand of max and min is the one that survives a NaN.
   sum = _mm256_max_ps(_mm256_set1_ps(e.lower), sum);
   sum = _mm256_min_ps(_mm256_set1_ps(e.upper), sum);
@@ -66,19 +99,27 @@ inline void store_half(__m256 sum, const Piece& piece, int half, const Epilogue&
   }
 }
 
+// Residual, clamp and store of a finished row.
 template <int NV>
 void store_row(const PanelCall& call, int64_t m) {
   const Panel& panel = call.panel;
-  const float* sums = call.sums + m * (NV * kPieceLanes);
-  float* y = panel.y + m * panel.y_stride;
-  const float* residual =
-      call.epilogue.residual ? call.epilogue.residual + m * panel.y_stride : nullptr;
-  for (int i = 0; i < panel.num_stores; ++i) {
-    const Piece& piece = panel.stores[i];
-    for (int half = 0; half < 2; ++half) {
-      const __m256 part = _mm256_load_ps(sums + piece.vector * kPieceLanes + half * kLanes);
-      store_half(part, piece, half, call.epilogue, residual, y);
+  float* sums = call.sums + m * (NV * kPieceLanes);
+  if (call.epilogue.residual) {
+    const float* residual = call.epilogue.residual + place_of_row(panel.residual_rows, m);
+    for (int i = 0; i < 2 * panel.residual_rows.num_pieces; ++i) {
+      const Piece& piece = panel.residual_rows.pieces[i / 2];
+      float* at = sums + piece.vector * kPieceLanes + i % 2 * kLanes;
+      const __m256 sum = _mm256_load_ps(at);
+      const __m256 all = _mm256_add_ps(sum, load_half(residual, piece, i % 2));
+      const __m256 lanes = _mm256_castsi256_ps(half_mask(piece.mask, i % 2));
+      _mm256_store_ps(at, _mm256_blendv_ps(sum, all, lanes));
     }
+  }
+  float* y = panel.y + place_of_row(panel.y_rows, m);
+  for (int i = 0; i < 2 * panel.y_rows.num_pieces; ++i) {
+    const Piece& piece = panel.y_rows.pieces[i / 2];
+    const float* at = sums + piece.vector * kPieceLanes + i % 2 * kLanes;
+    store_half(_mm256_load_ps(at), piece, i % 2, call.epilogue, y);
   }
 }
 
@@ -96,10 +137,12 @@ void add_to_row(const PanelCall& call, int64_t m, int first, const __m256 (&sum)
   }
 }
 
-// Whether each vector of the panel has one place in y.
+// Whether each vector of the panel is one piece of y, and of the residual.
 template <int NV>
-bool is_whole(const Panel& panel) {
-  return panel.num_stores == NV;
+bool is_whole(const PanelCall& call) {
+  const Panel& panel = call.panel;
+  return panel.y_rows.num_pieces == NV &&
+         (!call.epilogue.residual || panel.residual_rows.num_pieces == NV);
 }
 
 // Ends row m, registers [first, first + N) of a whole panel, with the sums of the last block, from
@@ -110,34 +153,34 @@ void finish_row(const PanelCall& call, int64_t m, int first, const __m256 (&sum)
   const Panel& panel = call.panel;
   const float* sums = call.sums + m * (NV * kPieceLanes) + first * kLanes;
   const __m256 bias = _mm256_set1_ps(call.epilogue.bias ? call.epilogue.bias[m] : 0.0f);
-  float* y = panel.y + m * panel.y_stride;
-  const float* residual =
-      call.epilogue.residual ? call.epilogue.residual + m * panel.y_stride : nullptr;
+  float* y = panel.y + place_of_row(panel.y_rows, m);
+  const float* residual = call.epilogue.residual;
+  if (residual) residual += place_of_row(panel.residual_rows, m);
   SPARSELT_UNROLL
   for (int i = 0; i < N; ++i) {
+    const int vector = (first + i) / 2;
+    const int half = (first + i) % 2;
     const __m256 before = is_first ? bias : _mm256_load_ps(sums + i * kLanes);
-    store_half(_mm256_add_ps(before, sum[i]), panel.stores[(first + i) / 2], (first + i) % 2,
-               call.epilogue, residual, y);
+    __m256 out = _mm256_add_ps(before, sum[i]);
+    if (residual) {
+      out = _mm256_add_ps(out, load_half(residual, panel.residual_rows.pieces[vector], half));
+    }
+    store_half(out, panel.y_rows.pieces[vector], half, call.epilogue, y);
   }
 }
 
-using BlockFunction = void (*)(const PanelCall& call, int64_t first_slice, int64_t last_slice,
-                               bool is_first, bool is_last);
+using BlockFunction = void (*)(const PanelCall& call, const XBlock& x, int64_t first_slice,
+                               int64_t last_slice, bool is_first, bool is_last);
 
 // The panel, block by block of columns; `kMultiply` does the slices of one block of one section.
 template <int NV, BlockFunction kMultiply>
 void multiply_panel(const PanelCall& call, Range sections) {
   const SellView& w = call.weight;
-  // What a filled-up row multiplies its zeros with: any other x could be infinite.
-  float* filler = call.x_block + w.block_cols * NV * kPieceLanes;
-  for (int i = 0; i < 2 * NV; ++i) _mm256_store_ps(filler + i * kLanes, _mm256_setzero_ps());
   for (int64_t block = 0; block < w.num_blocks; ++block) {
-    const int64_t first = block * w.block_cols;
-    const int64_t last = first + w.block_cols < w.cols ? first + w.block_cols : w.cols;
-    load_block<NV>(call.panel, first, last, call.x_block);
+    const XBlock x = x_of_block<NV>(call, block);
     for (int64_t section = sections.begin; section < sections.end; ++section) {
       const int32_t* slices = w.block_slices + section * w.num_blocks + block;
-      kMultiply(call, slices[0], slices[1], block == 0, block + 1 == w.num_blocks);
+      kMultiply(call, x, slices[0], slices[1], block == 0, block + 1 == w.num_blocks);
     }
   }
 }

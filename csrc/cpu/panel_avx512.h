@@ -11,20 +11,29 @@ namespace {
 constexpr int kLanes = 16;
 constexpr __mmask16 kAllLanes = 0xffff;
 
-// Rows [first, last) of x for this panel into the scratch, one of NV vectors each.
-template <int NV>
-void load_block(const Panel& panel, int64_t first, int64_t last, float* block) {
+// A block of x: row c of vector v is the register at first + v * vector_stride + c * kLanes.
+struct XBlock {
+  const float* first;
+  int64_t vector_stride;
+};
+
+// Rows [first, last) of x for this panel into the scratch, each vector with a row of zeros at the
+// end: what a filled-up row multiplies its zeros with, since any other x could be infinite.
+inline void copy_block(const PanelCall& call, int vectors, int64_t first, int64_t last) {
+  const Panel& panel = call.panel;
+  const int64_t stride = (call.weight.block_cols + 1) * kLanes;
   int64_t tap = first % panel.taps;
   const float* base = panel.x + first / panel.taps * panel.channel_stride;
-  for (int64_t k = first; k < last; ++k, block += NV * kLanes) {
-    const Piece* pieces = panel.loads + tap * NV;
-    for (int v = 0; v < NV; ++v) {
-      _mm512_store_ps(block + v * kLanes,
+  float* to = call.x_block;
+  for (int64_t k = first; k < last; ++k, to += kLanes) {
+    const Piece* pieces = panel.loads + tap * vectors;
+    for (int v = 0; v < vectors; ++v) {
+      _mm512_store_ps(to + v * stride,
                       _mm512_maskz_loadu_ps(pieces[v].mask, base + pieces[v].offset));
     }
     for (int32_t e = panel.tap_extra[tap]; e < panel.tap_extra[tap + 1]; ++e) {
       const Piece& piece = panel.extra_loads[e];
-      float* at = block + piece.vector * kLanes;
+      float* at = to + piece.vector * stride;
       _mm512_store_ps(at,
                       _mm512_mask_loadu_ps(_mm512_load_ps(at), piece.mask, base + piece.offset));
     }
@@ -33,6 +42,24 @@ void load_block(const Panel& panel, int64_t first, int64_t last, float* block) {
       base += panel.channel_stride;
     }
   }
+  for (int v = 0; v < vectors; ++v) {
+    _mm512_store_ps(call.x_block + (v + 1) * stride - kLanes, _mm512_setzero_ps());
+  }
+}
+
+// Block `block` of this panel's x: where it lies, or copied.
+inline XBlock x_of_block(const PanelCall& call, int vectors, int64_t block) {
+  const SellView& w = call.weight;
+  if (!call.panel.loads) {
+    return {call.panel.x + block * (w.block_cols + 1) * kLanes, call.panel.x_vector_stride};
+  }
+  const int64_t first = block * w.block_cols;
+  copy_block(call, vectors, first, first + w.block_cols < w.cols ? first + w.block_cols : w.cols);
+  return {call.x_block, (w.block_cols + 1) * kLanes};
+}
+
+inline int64_t place_of_row(const PanelRows& rows, int64_t m) {
+  return (m + static_cast<uint32_t>(m) / rows.period) * rows.stride;
 }
 
 // The second operand of max and min is the one that survives a NaN. (The masks are full: the plain
@@ -47,16 +74,20 @@ void store_row(const PanelCall& call, int64_t m) {
   const Panel& panel = call.panel;
   const __m512 lower = _mm512_set1_ps(call.epilogue.lower);
   const __m512 upper = _mm512_set1_ps(call.epilogue.upper);
-  const float* sums = call.sums + m * (NV * kLanes);
-  float* y = panel.y + m * panel.y_stride;
-  const float* residual =
-      call.epilogue.residual ? call.epilogue.residual + m * panel.y_stride : nullptr;
-  for (int i = 0; i < panel.num_stores; ++i) {
-    const Piece& piece = panel.stores[i];
-    __m512 out = _mm512_load_ps(sums + piece.vector * kLanes);
-    if (residual) {
-      out = _mm512_add_ps(out, _mm512_maskz_loadu_ps(piece.mask, residual + piece.offset));
+  float* sums = call.sums + m * (NV * kLanes);
+  if (call.epilogue.residual) {
+    const float* residual = call.epilogue.residual + place_of_row(panel.residual_rows, m);
+    for (int i = 0; i < panel.residual_rows.num_pieces; ++i) {
+      const Piece& piece = panel.residual_rows.pieces[i];
+      const __m512 sum = _mm512_load_ps(sums + piece.vector * kLanes);
+      const __m512 more = _mm512_maskz_loadu_ps(piece.mask, residual + piece.offset);
+      _mm512_store_ps(sums + piece.vector * kLanes, _mm512_mask_add_ps(sum, piece.mask, sum, more));
     }
+  }
+  float* y = panel.y + place_of_row(panel.y_rows, m);
+  for (int i = 0; i < panel.y_rows.num_pieces; ++i) {
+    const Piece& piece = panel.y_rows.pieces[i];
+    const __m512 out = _mm512_load_ps(sums + piece.vector * kLanes);
     _mm512_mask_storeu_ps(y + piece.offset, piece.mask, clamp(out, lower, upper));
   }
 }
@@ -73,12 +104,19 @@ void add_to_row(const PanelCall& call, int64_t m, const __m512 (&sum)[NV], bool 
   }
 }
 
-// Ends row m with the sums of the last block. Where each vector has one place in y they go there
-// from their registers.
+// Whether each vector of the panel is one piece of y, and of the residual.
+template <int NV>
+bool is_whole(const PanelCall& call) {
+  const Panel& panel = call.panel;
+  return panel.y_rows.num_pieces == NV &&
+         (!call.epilogue.residual || panel.residual_rows.num_pieces == NV);
+}
+
+// Ends row m with the sums of the last block, those of a whole panel from their registers.
 template <int NV>
 void finish_row(const PanelCall& call, int64_t m, const __m512 (&sum)[NV], bool is_first) {
   const Panel& panel = call.panel;
-  if (panel.num_stores != NV) {
+  if (!is_whole<NV>(call)) {
     add_to_row<NV>(call, m, sum, is_first);
     store_row<NV>(call, m);
     return;
@@ -87,16 +125,17 @@ void finish_row(const PanelCall& call, int64_t m, const __m512 (&sum)[NV], bool 
   const __m512 upper = _mm512_set1_ps(call.epilogue.upper);
   const __m512 bias = _mm512_set1_ps(call.epilogue.bias ? call.epilogue.bias[m] : 0.0f);
   const float* sums = call.sums + m * (NV * kLanes);
-  float* y = panel.y + m * panel.y_stride;
-  const float* residual =
-      call.epilogue.residual ? call.epilogue.residual + m * panel.y_stride : nullptr;
+  float* y = panel.y + place_of_row(panel.y_rows, m);
+  const float* residual = call.epilogue.residual;
+  if (residual) residual += place_of_row(panel.residual_rows, m);
   SPARSELT_UNROLL
   for (int v = 0; v < NV; ++v) {
-    const Piece& piece = panel.stores[v];
     __m512 out = _mm512_add_ps(is_first ? bias : _mm512_load_ps(sums + v * kLanes), sum[v]);
     if (residual) {
+      const Piece& piece = panel.residual_rows.pieces[v];
       out = _mm512_add_ps(out, _mm512_maskz_loadu_ps(piece.mask, residual + piece.offset));
     }
+    const Piece& piece = panel.y_rows.pieces[v];
     _mm512_mask_storeu_ps(y + piece.offset, piece.mask, clamp(out, lower, upper));
   }
 }
@@ -105,31 +144,29 @@ void finish_row(const PanelCall& call, int64_t m, const __m512 (&sum)[NV], bool 
 // before the slice is multiplied.
 template <int NV>
 void prefetch_row(const PanelCall& call, int64_t m) {
-  const int64_t at = m * call.panel.y_stride + call.panel.stores[0].offset;
+  if (!is_whole<NV>(call)) return;
+  const Panel& panel = call.panel;
+  const float* y = panel.y + place_of_row(panel.y_rows, m);
   SPARSELT_UNROLL
-  for (int v = 0; v < NV; ++v) __builtin_prefetch(call.panel.y + at + v * kLanes, 1);
+  for (int v = 0; v < NV; ++v) __builtin_prefetch(y + panel.y_rows.pieces[v].offset, 1);
   if (!call.epilogue.residual) return;
+  const float* residual = call.epilogue.residual + place_of_row(panel.residual_rows, m);
   SPARSELT_UNROLL
-  for (int v = 0; v < NV; ++v) __builtin_prefetch(call.epilogue.residual + at + v * kLanes);
+  for (int v = 0; v < NV; ++v) __builtin_prefetch(residual + panel.residual_rows.pieces[v].offset);
 }
 
-using BlockFunction = void (*)(const PanelCall& call, int64_t first_slice, int64_t last_slice,
-                               bool is_first, bool is_last);
+using BlockFunction = void (*)(const PanelCall& call, const XBlock& x, int64_t first_slice,
+                               int64_t last_slice, bool is_first, bool is_last);
 
 // The panel, block by block of columns; `kMultiply` does the slices of one block of one section.
 template <int NV, BlockFunction kMultiply>
 void multiply_panel(const PanelCall& call, Range sections) {
   const SellView& w = call.weight;
-  // What a filled-up row multiplies its zeros with: any other x could be infinite.
-  for (int v = 0; v < NV; ++v)
-    _mm512_store_ps(call.x_block + (w.block_cols * NV + v) * kLanes, _mm512_setzero_ps());
   for (int64_t block = 0; block < w.num_blocks; ++block) {
-    const int64_t first = block * w.block_cols;
-    const int64_t last = first + w.block_cols < w.cols ? first + w.block_cols : w.cols;
-    load_block<NV>(call.panel, first, last, call.x_block);
+    const XBlock x = x_of_block(call, NV, block);
     for (int64_t section = sections.begin; section < sections.end; ++section) {
       const int32_t* slices = w.block_slices + section * w.num_blocks + block;
-      kMultiply(call, slices[0], slices[1], block == 0, block + 1 == w.num_blocks);
+      kMultiply(call, x, slices[0], slices[1], block == 0, block + 1 == w.num_blocks);
     }
   }
 }

@@ -47,20 +47,31 @@ inline void store_quad(float* base, const Piece& piece, int quad, float32x4_t da
   if (bits & 8) vst1q_lane_f32(at + 3, data, 3);
 }
 
-// Rows [first, last) of x for this panel into the scratch, NV vectors of 16 each.
+// A block of x: row c of vector v is the 16 floats at first + v * vector_stride + c * kPieceLanes.
+struct XBlock {
+  const float* first;
+  int64_t vector_stride;
+};
+
+// Rows [first, last) of x for this panel into the scratch, each vector with a row of zeros at the
+// end: what a filled-up row multiplies its zeros with, since any other x could be infinite.
 template <int NV>
-void load_block(const Panel& panel, int64_t first, int64_t last, float* block) {
+void copy_block(const PanelCall& call, int64_t first, int64_t last) {
+  const Panel& panel = call.panel;
+  const int64_t stride = (call.weight.block_cols + 1) * kPieceLanes;
   int64_t tap = first % panel.taps;
   const float* base = panel.x + first / panel.taps * panel.channel_stride;
-  for (int64_t k = first; k < last; ++k, block += NV * kPieceLanes) {
+  float* to = call.x_block;
+  for (int64_t k = first; k < last; ++k, to += kPieceLanes) {
     const Piece* pieces = panel.loads + tap * NV;
     for (int i = 0; i < kQuads * NV; ++i) {
-      vst1q_f32(block + i * kLanes, load_quad(base, pieces[i / kQuads], i % kQuads));
+      vst1q_f32(to + i / kQuads * stride + i % kQuads * kLanes,
+                load_quad(base, pieces[i / kQuads], i % kQuads));
     }
     for (int32_t e = panel.tap_extra[tap]; e < panel.tap_extra[tap + 1]; ++e) {
       const Piece& piece = panel.extra_loads[e];
       for (int quad = 0; quad < kQuads; ++quad) {
-        float* at = block + piece.vector * kPieceLanes + quad * kLanes;
+        float* at = to + piece.vector * stride + quad * kLanes;
         // Pieces of a vector share no lane, and their other lanes are zero.
         const uint32x4_t before = vreinterpretq_u32_f32(vld1q_f32(at));
         const uint32x4_t more = vreinterpretq_u32_f32(load_quad(base, piece, quad));
@@ -72,30 +83,48 @@ void load_block(const Panel& panel, int64_t first, int64_t last, float* block) {
       base += panel.channel_stride;
     }
   }
+  for (int i = 0; i < kQuads * NV; ++i) {
+    float* filler = call.x_block + (i / kQuads + 1) * stride - kPieceLanes;
+    vst1q_f32(filler + i % kQuads * kLanes, vdupq_n_f32(0.0f));
+  }
 }
 
-// Residual, clamp and store of one quad of a piece.
-inline void finish_quad(float32x4_t sum, const Piece& piece, int quad, const Epilogue& e,
-                        const float* residual, float* y) {
-  if (residual) sum = vaddq_f32(sum, load_quad(residual, piece, quad));
-  // A NaN stays a NaN: FMAX and FMIN pass it on from either operand.
-  sum = vminq_f32(vdupq_n_f32(e.upper), vmaxq_f32(vdupq_n_f32(e.lower), sum));
-  store_quad(y, piece, quad, sum);
+// Block `block` of this panel's x: where it lies, or copied.
+template <int NV>
+XBlock x_of_block(const PanelCall& call, int64_t block) {
+  const SellView& w = call.weight;
+  if (!call.panel.loads) {
+    return {call.panel.x + block * (w.block_cols + 1) * kPieceLanes, call.panel.x_vector_stride};
+  }
+  const int64_t first = block * w.block_cols;
+  copy_block<NV>(call, first, first + w.block_cols < w.cols ? first + w.block_cols : w.cols);
+  return {call.x_block, (w.block_cols + 1) * kPieceLanes};
 }
 
+inline int64_t place_of_row(const PanelRows& rows, int64_t m) {
+  return (m + static_cast<uint32_t>(m) / rows.period) * rows.stride;
+}
+
+// Residual, clamp and store of a finished row.
 template <int NV>
 void store_row(const PanelCall& call, int64_t m) {
   const Panel& panel = call.panel;
-  const float* sums = call.sums + m * (NV * kPieceLanes);
-  float* y = panel.y + m * panel.y_stride;
-  const float* residual =
-      call.epilogue.residual ? call.epilogue.residual + m * panel.y_stride : nullptr;
-  for (int i = 0; i < panel.num_stores; ++i) {
-    const Piece& piece = panel.stores[i];
-    for (int quad = 0; quad < kQuads; ++quad) {
-      const float32x4_t part = vld1q_f32(sums + piece.vector * kPieceLanes + quad * kLanes);
-      finish_quad(part, piece, quad, call.epilogue, residual, y);
-    }
+  const Epilogue& e = call.epilogue;
+  float* sums = call.sums + m * (NV * kPieceLanes);
+  for (int i = 0; e.residual && i < kQuads * panel.residual_rows.num_pieces; ++i) {
+    const Piece& piece = panel.residual_rows.pieces[i / kQuads];
+    const float* residual = e.residual + place_of_row(panel.residual_rows, m);
+    float* at = sums + piece.vector * kPieceLanes + i % kQuads * kLanes;
+    // Lanes of other pieces get a zero, which may turn a -0 into a 0 but no sum into another.
+    vst1q_f32(at, vaddq_f32(vld1q_f32(at), load_quad(residual, piece, i % kQuads)));
+  }
+  float* y = panel.y + place_of_row(panel.y_rows, m);
+  for (int i = 0; i < kQuads * panel.y_rows.num_pieces; ++i) {
+    const Piece& piece = panel.y_rows.pieces[i / kQuads];
+    const float* at = sums + piece.vector * kPieceLanes + i % kQuads * kLanes;
+    // A NaN stays a NaN: FMAX and FMIN pass it on from either operand.
+    const float32x4_t sum = vmaxq_f32(vdupq_n_f32(e.lower), vld1q_f32(at));
+    store_quad(y, piece, i % kQuads, vminq_f32(vdupq_n_f32(e.upper), sum));
   }
 }
 
@@ -113,23 +142,18 @@ void add_to_row(const PanelCall& call, int64_t m, int first, const float32x4_t (
   }
 }
 
-using BlockFunction = void (*)(const PanelCall& call, int64_t first_slice, int64_t last_slice,
-                               bool is_first, bool is_last);
+using BlockFunction = void (*)(const PanelCall& call, const XBlock& x, int64_t first_slice,
+                               int64_t last_slice, bool is_first, bool is_last);
 
 // The panel, block by block of columns; `kMultiply` does the slices of one block of one section.
 template <int NV, BlockFunction kMultiply>
 void multiply_panel(const PanelCall& call, Range sections) {
   const SellView& w = call.weight;
-  // What a filled-up row multiplies its zeros with: any other x could be infinite.
-  float* filler = call.x_block + w.block_cols * NV * kPieceLanes;
-  for (int i = 0; i < kQuads * NV; ++i) vst1q_f32(filler + i * kLanes, vdupq_n_f32(0.0f));
   for (int64_t block = 0; block < w.num_blocks; ++block) {
-    const int64_t first = block * w.block_cols;
-    const int64_t last = first + w.block_cols < w.cols ? first + w.block_cols : w.cols;
-    load_block<NV>(call.panel, first, last, call.x_block);
+    const XBlock x = x_of_block<NV>(call, block);
     for (int64_t section = sections.begin; section < sections.end; ++section) {
       const int32_t* slices = w.block_slices + section * w.num_blocks + block;
-      kMultiply(call, slices[0], slices[1], block == 0, block + 1 == w.num_blocks);
+      kMultiply(call, x, slices[0], slices[1], block == 0, block + 1 == w.num_blocks);
     }
   }
 }

@@ -12,44 +12,86 @@ namespace {
 constexpr int kPieceLanes = 16;
 constexpr int kMaxWidth = 64;  // the kernels' tile_columns
 
-void load_piece(const Piece& piece, const float* base, float* row) {
+// A block of x: row c of vector v is the 16 floats at first + v * vector_stride + c * kPieceLanes.
+struct XBlock {
+  const float* first;
+  int64_t vector_stride;
+};
+
+void load_piece(const Piece& piece, const float* base, float* to) {
   for (int lane = 0; lane < kPieceLanes; ++lane) {
-    if (piece.mask >> lane & 1) row[piece.vector * kPieceLanes + lane] = base[piece.offset + lane];
+    if (piece.mask >> lane & 1) to[lane] = base[piece.offset + lane];
   }
 }
 
-void load_block(const Panel& panel, int64_t first, int64_t last, int64_t width, float* block) {
-  for (int64_t k = first; k < last; ++k, block += width) {
+// Rows [first, last) of x for this panel into the scratch.
+void copy_block(const PanelCall& call, int64_t first, int64_t last) {
+  const Panel& panel = call.panel;
+  const int64_t stride = (call.weight.block_cols + 1) * kPieceLanes;
+  float* to = call.x_block;
+  for (int64_t k = first; k < last; ++k, to += kPieceLanes) {
     const int64_t tap = k % panel.taps;
     const float* base = panel.x + k / panel.taps * panel.channel_stride;
-    for (int64_t lane = 0; lane < width; ++lane) block[lane] = 0.0f;
     for (int v = 0; v < panel.vectors; ++v) {
-      load_piece(panel.loads[tap * panel.vectors + v], base, block);
+      for (int lane = 0; lane < kPieceLanes; ++lane) to[v * stride + lane] = 0.0f;
+      load_piece(panel.loads[tap * panel.vectors + v], base, to + v * stride);
     }
     for (int32_t e = panel.tap_extra[tap]; e < panel.tap_extra[tap + 1]; ++e) {
-      load_piece(panel.extra_loads[e], base, block);
+      const Piece& piece = panel.extra_loads[e];
+      load_piece(piece, base, to + piece.vector * stride);
     }
   }
 }
 
-void store_row(const PanelCall& call, int64_t m, int64_t width) {
+// Block `block` of this panel's x: where it lies, or copied.
+XBlock x_of_block(const PanelCall& call, int64_t block) {
+  const SellView& w = call.weight;
+  if (!call.panel.loads) {
+    return {call.panel.x + block * (w.block_cols + 1) * kPieceLanes, call.panel.x_vector_stride};
+  }
+  const int64_t first = block * w.block_cols;
+  copy_block(call, first, first + w.block_cols < w.cols ? first + w.block_cols : w.cols);
+  return {call.x_block, (w.block_cols + 1) * kPieceLanes};
+}
+
+int64_t place_of_row(const PanelRows& rows, int64_t m) {
+  return (m + static_cast<uint32_t>(m) / rows.period) * rows.stride;
+}
+
+// Adds value * (row `column` of x) to the products of all lanes.
+void add_product(const PanelCall& call, const XBlock& x, float value, int64_t column,
+                 float* products) {
+  for (int v = 0; v < call.panel.vectors; ++v, products += kPieceLanes) {
+    const float* data = x.first + v * x.vector_stride + column * kPieceLanes;
+    for (int lane = 0; lane < kPieceLanes; ++lane) products[lane] += value * data[lane];
+  }
+}
+
+void store_row(const PanelCall& call, int64_t m) {
   const Panel& panel = call.panel;
   const Epilogue& e = call.epilogue;
-  for (int i = 0; i < panel.num_stores; ++i) {
-    const Piece& piece = panel.stores[i];
+  float* sums = call.sums + m * panel.vectors * kPieceLanes;
+  for (int i = 0; e.residual && i < panel.residual_rows.num_pieces; ++i) {
+    const Piece& piece = panel.residual_rows.pieces[i];
+    const float* residual = e.residual + place_of_row(panel.residual_rows, m) + piece.offset;
+    for (int lane = 0; lane < kPieceLanes; ++lane) {
+      if (piece.mask >> lane & 1) sums[piece.vector * kPieceLanes + lane] += residual[lane];
+    }
+  }
+  for (int i = 0; i < panel.y_rows.num_pieces; ++i) {
+    const Piece& piece = panel.y_rows.pieces[i];
+    float* y = panel.y + place_of_row(panel.y_rows, m) + piece.offset;
     for (int lane = 0; lane < kPieceLanes; ++lane) {
       if (!(piece.mask >> lane & 1)) continue;
-      const int64_t at = m * panel.y_stride + piece.offset + lane;
-      float sum = call.sums[m * width + piece.vector * kPieceLanes + lane];
-      if (e.residual) sum += e.residual[at];
+      float sum = sums[piece.vector * kPieceLanes + lane];
       sum = sum < e.lower ? e.lower : sum;  // written so that a NaN stays a NaN
-      panel.y[at] = sum > e.upper ? e.upper : sum;
+      y[lane] = sum > e.upper ? e.upper : sum;
     }
   }
 }
 
-// Adds the products of one row of a slice with the block of x, `width` lanes each.
-using RowFunction = void (*)(const PanelCall& call, int64_t slice, int64_t lane, int64_t width,
+// Adds the products of one row of a slice with a block of x.
+using RowFunction = void (*)(const PanelCall& call, const XBlock& x, int64_t slice, int64_t lane,
                              float* products);
 
 template <RowFunction kMultiply>
@@ -57,9 +99,7 @@ void multiply_panel(const PanelCall& call, Range sections) {
   const SellView& w = call.weight;
   const int64_t width = int64_t{call.panel.vectors} * kPieceLanes;
   for (int64_t block = 0; block < w.num_blocks; ++block) {
-    const int64_t first = block * w.block_cols;
-    const int64_t last = first + w.block_cols < w.cols ? first + w.block_cols : w.cols;
-    load_block(call.panel, first, last, width, call.x_block);
+    const XBlock x = x_of_block(call, block);
     for (int64_t section = sections.begin; section < sections.end; ++section) {
       const int32_t* slices = w.block_slices + section * w.num_blocks + block;
       for (int64_t i = slices[0] * w.slice_height; i < slices[1] * w.slice_height; ++i) {
@@ -67,13 +107,13 @@ void multiply_panel(const PanelCall& call, Range sections) {
         if (m < 0) continue;
         // A sum of its own for each block: one of all products would round away more.
         float products[kMaxWidth] = {};
-        kMultiply(call, i / w.slice_height, i % w.slice_height, width, products);
+        kMultiply(call, x, i / w.slice_height, i % w.slice_height, products);
         const float bias = call.epilogue.bias ? call.epilogue.bias[m] : 0.0f;
         float* sums = call.sums + m * width;
         for (int64_t lane = 0; lane < width; ++lane) {
           sums[lane] = (block > 0 ? sums[lane] : bias) + products[lane];
         }
-        if (block + 1 == w.num_blocks) store_row(call, m, width);
+        if (block + 1 == w.num_blocks) store_row(call, m);
       }
     }
   }

@@ -20,74 +20,33 @@
 #include "kernels.h"
 
 SPARSELT_TARGET_BEGIN("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")
+#include "cpu/panel_avx512.h"
 
 namespace sparselt::cpu {
 namespace {
 
-constexpr int kLanes = 16;
 constexpr int kMaxVectors = 16;
 constexpr int kStoredVectors = 4;  // together: a row's stores then fill whole pages' lines in turn
-constexpr __mmask16 kAllLanes = 0xffff;
 
-// A vector of the panel has its x_block to itself, with a row of zeros at the end, and its sums.
-int64_t block_floats(const SellView& weight) { return (weight.block_cols + 1) * kLanes; }
+// A vector of the panel has its sums to itself.
 int64_t sum_floats(const SellView& weight) { return weight.rows * kLanes; }
 
-// Rows [first, last) of x for this panel into the scratch.
-void load_block(const PanelCall& call, int64_t first, int64_t last) {
-  const Panel& panel = call.panel;
-  const int64_t stride = block_floats(call.weight);
-  int64_t tap = first % panel.taps;
-  const float* base = panel.x + first / panel.taps * panel.channel_stride;
-  float* to = call.x_block;
-  for (int64_t k = first; k < last; ++k, to += kLanes) {
-    const Piece* pieces = panel.loads + tap * panel.vectors;
-    for (int v = 0; v < panel.vectors; ++v) {
-      _mm512_store_ps(to + v * stride,
-                      _mm512_maskz_loadu_ps(pieces[v].mask, base + pieces[v].offset));
+// The pieces of each vector of a panel, which come in order.
+class PiecesOf {
+ public:
+  PiecesOf(const PanelRows& rows, int vectors) {
+    int i = 0;
+    for (int v = 0; v < vectors; ++v) {
+      first_[v] = rows.pieces + i;
+      while (i < rows.num_pieces && rows.pieces[i].vector == v) ++i;
     }
-    for (int32_t e = panel.tap_extra[tap]; e < panel.tap_extra[tap + 1]; ++e) {
-      const Piece& piece = panel.extra_loads[e];
-      float* at = to + piece.vector * stride;
-      _mm512_store_ps(at,
-                      _mm512_mask_loadu_ps(_mm512_load_ps(at), piece.mask, base + piece.offset));
-    }
-    if (++tap == panel.taps) {
-      tap = 0;
-      base += panel.channel_stride;
-    }
+    first_[vectors] = rows.pieces + i;
   }
-}
+  const Piece* begin(int vector) const { return first_[vector]; }
 
-// The second operand of max and min is the one that survives a NaN. (The masks are full: the plain
-// forms make GCC 12 warn of a register it leaves undefined on purpose.)
-inline __m512 clamp(__m512 sum, __m512 lower, __m512 upper) {
-  return _mm512_maskz_min_ps(kAllLanes, upper, _mm512_maskz_max_ps(kAllLanes, lower, sum));
-}
-
-// Residual, clamp and store of the finished rows of some slices, for the vectors of some stores.
-void store_rows(const PanelCall& call, int64_t first_slice, int64_t last_slice, const Piece* stores,
-                const Piece* stores_end) {
-  const Panel& panel = call.panel;
-  const __m512 lower = _mm512_set1_ps(call.epilogue.lower);
-  const __m512 upper = _mm512_set1_ps(call.epilogue.upper);
-  const int32_t* rows = call.weight.slice_rows;
-  const int64_t height = call.weight.slice_height;
-  for (int64_t i = first_slice * height; i < last_slice * height; ++i) {
-    const int64_t m = rows[i];
-    if (m < 0) continue;
-    const int64_t row = m * panel.y_stride;
-    for (const Piece* piece = stores; piece < stores_end; ++piece) {
-      const float* sums = call.sums + piece->vector * sum_floats(call.weight);
-      __m512 out = _mm512_load_ps(sums + m * kLanes);
-      if (call.epilogue.residual) {
-        const float* residual = call.epilogue.residual + row + piece->offset;
-        out = _mm512_add_ps(out, _mm512_maskz_loadu_ps(piece->mask, residual));
-      }
-      _mm512_mask_storeu_ps(panel.y + row + piece->offset, piece->mask, clamp(out, lower, upper));
-    }
-  }
-}
+ private:
+  const Piece* first_[kMaxVectors + 1];
+};
 
 // What a chunk's code does, by loops.
 void multiply_slices(const SellView& w, int64_t first_slice, int64_t last_slice, const float* x,
@@ -120,26 +79,17 @@ void prefetch_code(const CodeChunk& chunk, int v, int n) {
 
 class Product {
  public:
-  Product(const PanelCall& call, Range sections) : call_(call), sections_(sections) {
-    const Panel& panel = call.panel;
-    int i = 0;
-    for (int v = 0; v < panel.vectors; ++v) {
-      stores_[v] = panel.stores + i;
-      while (i < panel.num_stores && panel.stores[i].vector == v) ++i;
-    }
-    stores_[panel.vectors] = panel.stores + i;
-  }
+  Product(const PanelCall& call, Range sections)
+      : call_(call),
+        sections_(sections),
+        y_pieces_(call.panel.y_rows, call.panel.vectors),
+        residual_pieces_(call.panel.residual_rows,
+                         call.epilogue.residual ? call.panel.vectors : 0) {}
 
   void run() {
     const SellView& w = call_.weight;
-    // What a filled-up row multiplies its zeros with: any other x could be infinite.
-    for (int v = 0; v < call_.panel.vectors; ++v) {
-      _mm512_store_ps(x_of(v) + w.block_cols * kLanes, _mm512_setzero_ps());
-    }
     for (int64_t block = 0; block < w.num_blocks; ++block) {
-      const int64_t first = block * w.block_cols;
-      const int64_t last = first + w.block_cols < w.cols ? first + w.block_cols : w.cols;
-      load_block(call_, first, last);
+      x_ = x_of_block(call_, call_.panel.vectors, block);
       for (int64_t section = sections_.begin; section < sections_.end; ++section) {
         if (w.code.chunks) {
           run_code(section, block);
@@ -151,7 +101,7 @@ class Product {
   }
 
  private:
-  float* x_of(int v) const { return call_.x_block + v * block_floats(call_.weight); }
+  const float* x_of(int v) const { return x_.first + v * x_.vector_stride; }
   float* sums_of(int v) const { return call_.sums + v * sum_floats(call_.weight); }
 
   // Called after each vector in turn: stores the last few once they are together.
@@ -159,7 +109,34 @@ class Product {
     const bool is_last = v + 1 == call_.panel.vectors;
     if (!is_last && (v + 1) % kStoredVectors != 0) return;
     const int first = v / kStoredVectors * kStoredVectors;
-    store_rows(call_, first_slice, last_slice, stores_[first], stores_[v + 1]);
+    const int32_t* rows = call_.weight.slice_rows;
+    const int64_t height = call_.weight.slice_height;
+    for (int64_t i = first_slice * height; i < last_slice * height; ++i) {
+      if (rows[i] >= 0) store_vectors(rows[i], first, v + 1);
+    }
+  }
+
+  // Residual, clamp and store of vectors [first, last) of a finished row.
+  void store_vectors(int64_t m, int first, int last) const {
+    const Panel& panel = call_.panel;
+    const __m512 lower = _mm512_set1_ps(call_.epilogue.lower);
+    const __m512 upper = _mm512_set1_ps(call_.epilogue.upper);
+    if (call_.epilogue.residual) {
+      const float* residual = call_.epilogue.residual + place_of_row(panel.residual_rows, m);
+      const Piece* end = residual_pieces_.begin(last);
+      for (const Piece* piece = residual_pieces_.begin(first); piece < end; ++piece) {
+        float* sums = sums_of(piece->vector) + m * kLanes;
+        const __m512 sum = _mm512_load_ps(sums);
+        const __m512 more = _mm512_maskz_loadu_ps(piece->mask, residual + piece->offset);
+        _mm512_store_ps(sums, _mm512_mask_add_ps(sum, piece->mask, sum, more));
+      }
+    }
+    float* y = panel.y + place_of_row(panel.y_rows, m);
+    const Piece* end = y_pieces_.begin(last);
+    for (const Piece* piece = y_pieces_.begin(first); piece < end; ++piece) {
+      const __m512 out = _mm512_load_ps(sums_of(piece->vector) + m * kLanes);
+      _mm512_mask_storeu_ps(y + piece->offset, piece->mask, clamp(out, lower, upper));
+    }
   }
 
   void run_code(int64_t section, int64_t block) const {
@@ -191,7 +168,9 @@ class Product {
 
   const PanelCall& call_;
   const Range sections_;
-  const Piece* stores_[kMaxVectors + 1];
+  const PiecesOf y_pieces_;
+  const PiecesOf residual_pieces_;
+  XBlock x_{};
 };
 
 }  // namespace

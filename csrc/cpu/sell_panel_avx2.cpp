@@ -24,9 +24,11 @@ constexpr int kSliceRows = 2;
 
 // The slices of one block of one section.
 template <int NV>
-void multiply_block(const PanelCall& call, int64_t first_slice, int64_t last_slice, bool is_first,
-                    bool is_last) {
+void multiply_block(const PanelCall& call, const XBlock& x, int64_t first_slice, int64_t last_slice,
+                    bool is_first, bool is_last) {
   const SellView& w = call.weight;
+  const float* vectors[NV];
+  for (int v = 0; v < NV; ++v) vectors[v] = x.first + v * x.vector_stride;
   for (int64_t slice = first_slice; slice < last_slice; ++slice) {
     const int32_t* rows = w.slice_rows + slice * kSliceRows;
     __m256 sum[kSliceRows][2 * NV];
@@ -38,13 +40,14 @@ void multiply_block(const PanelCall& call, int64_t first_slice, int64_t last_sli
       const float* values = w.values + step * kSliceRows;
       for (int r = 0; r < kSliceRows; ++r) {
         const __m256 value = _mm256_broadcast_ss(values + r);
-        const float* x = call.x_block + int64_t{columns[r]} * (NV * kPieceLanes);
+        const int64_t at = int64_t{columns[r]} * kPieceLanes;
         for (int i = 0; i < 2 * NV; ++i) {
-          sum[r][i] = _mm256_fmadd_ps(value, _mm256_load_ps(x + i * kLanes), sum[r][i]);
+          const float* data = vectors[i / 2] + i % 2 * kLanes;
+          sum[r][i] = _mm256_fmadd_ps(value, _mm256_load_ps(data + at), sum[r][i]);
         }
       }
     }
-    if (is_last && is_whole<NV>(call.panel)) {
+    if (is_last && is_whole<NV>(call)) {
       SPARSELT_UNROLL
       for (int r = 0; r < kSliceRows; ++r) {
         if (rows[r] >= 0) finish_row<NV>(call, rows[r], 0, sum[r], is_first);

@@ -28,9 +28,11 @@ constexpr int kSliceRows = 4;
 
 // The slices of one block of one section.
 template <int NV>
-void multiply_block(const PanelCall& call, int64_t first_slice, int64_t last_slice, bool is_first,
-                    bool is_last) {
+void multiply_block(const PanelCall& call, const XBlock& x, int64_t first_slice, int64_t last_slice,
+                    bool is_first, bool is_last) {
   const SellView& w = call.weight;
+  const float* data[NV];
+  for (int v = 0; v < NV; ++v) data[v] = x.first + v * x.vector_stride;
   for (int64_t slice = first_slice; slice < last_slice; ++slice) {
     const int32_t* rows = w.slice_rows + slice * kSliceRows;
     for (int r = 0; is_last && r < kSliceRows; ++r) {
@@ -45,9 +47,9 @@ void multiply_block(const PanelCall& call, int64_t first_slice, int64_t last_sli
       const float* values = w.values + step * kSliceRows;
       for (int r = 0; r < kSliceRows; ++r) {
         const __m512 value = _mm512_set1_ps(values[r]);
-        const float* x = call.x_block + int64_t{columns[r]} * (NV * kLanes);
+        const int64_t at = int64_t{columns[r]} * kLanes;
         for (int v = 0; v < NV; ++v)
-          sum[r][v] = _mm512_fmadd_ps(value, _mm512_load_ps(x + v * kLanes), sum[r][v]);
+          sum[r][v] = _mm512_fmadd_ps(value, _mm512_load_ps(data[v] + at), sum[r][v]);
       }
     }
     if (is_last) {

@@ -21,9 +21,11 @@ constexpr int kSliceRows = 2;
 
 // The slices of one block of one section.
 template <int NV>
-void multiply_block(const PanelCall& call, int64_t first_slice, int64_t last_slice, bool is_first,
-                    bool is_last) {
+void multiply_block(const PanelCall& call, const XBlock& x, int64_t first_slice, int64_t last_slice,
+                    bool is_first, bool is_last) {
   const SellView& w = call.weight;
+  const float* vectors[NV];
+  for (int v = 0; v < NV; ++v) vectors[v] = x.first + v * x.vector_stride;
   for (int64_t slice = first_slice; slice < last_slice; ++slice) {
     const int32_t* rows = w.slice_rows + slice * kSliceRows;
     float32x4_t sum[kSliceRows][kQuads * NV];
@@ -35,9 +37,10 @@ void multiply_block(const PanelCall& call, int64_t first_slice, int64_t last_sli
       const float* values = w.values + step * kSliceRows;
       for (int r = 0; r < kSliceRows; ++r) {
         const float value = values[r];
-        const float* x = call.x_block + int64_t{columns[r]} * (NV * kPieceLanes);
+        const int64_t at = int64_t{columns[r]} * kPieceLanes;
         for (int i = 0; i < kQuads * NV; ++i) {
-          sum[r][i] = vfmaq_n_f32(sum[r][i], vld1q_f32(x + i * kLanes), value);
+          const float* data = vectors[i / kQuads] + i % kQuads * kLanes;
+          sum[r][i] = vfmaq_n_f32(sum[r][i], vld1q_f32(data + at), value);
         }
       }
     }

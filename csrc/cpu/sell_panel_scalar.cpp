@@ -12,14 +12,13 @@
 namespace sparselt::cpu {
 namespace {
 
-void multiply_row(const PanelCall& call, int64_t slice, int64_t lane, int64_t width,
+void multiply_row(const PanelCall& call, const XBlock& x, int64_t slice, int64_t lane,
                   float* products) {
   const SellView& w = call.weight;
   for (int64_t step = w.slice_steps[slice]; step < w.slice_steps[slice + 1]; ++step) {
     const int64_t at = step * w.slice_height + lane;
     if (w.columns[at] == w.block_cols) break;
-    const float* x = call.x_block + w.columns[at] * width;
-    for (int64_t n = 0; n < width; ++n) products[n] += w.values[at] * x[n];
+    add_product(call, x, w.values[at], w.columns[at], products);
   }
 }
 

@@ -46,6 +46,7 @@ class CutPanelTask final : public PanelTask {
     return stage == 0 ? cutting_parts_ : PanelTask::parts(0);
   }
   int64_t shared_floats() const override { return channels_ * cut_.floats(); }
+  std::optional<PanelLayout> x_in_panels() const override { return {}; }
   void run(int64_t stage, int64_t part, const Operands& operands) const override {
     if (stage == 0) {
       const Range channels = even_range(channels_, part, cutting_parts_);

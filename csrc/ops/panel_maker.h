@@ -13,6 +13,7 @@ namespace sparselt {
 constexpr int kPanelLanes = 16;  // floats a vector of a panel
 constexpr int kMaxPanelVectors = 16;
 constexpr int kMaxPanelLanes = kPanelLanes * kMaxPanelVectors;
+constexpr uint32_t kNoPeriod = UINT32_MAX;  // of rows that follow one another
 
 // A filter position: what it adds to the place in x of an output pixel, and to its row and column.
 struct Tap {
@@ -72,6 +73,7 @@ class PanelMaker {
     const int vectors = (lanes + kPanelLanes - 1) / kPanelLanes;
     make_loads(vectors);
     make_stores(vectors);
+    const PanelRows stored{area_, kNoPeriod, stores_.data(), static_cast<int>(stores_.size())};
     return {nullptr,
             source_.channel_stride,
             static_cast<int64_t>(source_.taps.size()),
@@ -79,10 +81,10 @@ class PanelMaker {
             loads_.data(),
             extra_.data(),
             tap_extra_.data(),
+            0,
             nullptr,
-            area_,
-            stores_.data(),
-            static_cast<int>(stores_.size())};
+            stored,
+            stored};
   }
 
  private:

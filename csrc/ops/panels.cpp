@@ -14,7 +14,8 @@ namespace {
 // Vectors of 16 columns that a thread must have for columns to be shared out rather than rows. Each
 // thread that has all columns of some rows copies all of x, which is little where the weight has
 // kTall times as many rows as columns; then rows are better for longer, since columns rarely divide
-// evenly, and two threads write to the cache line at their border in each row of y.
+// evenly, and two threads write to the cache line at their border in each row of y. Panels have no
+// such border, and columns shared out alike from layer to layer stay in the caches of their thread.
 constexpr int64_t kWorthSharing = 4;
 constexpr int64_t kTall = 2;
 constexpr int64_t kWorthSharingTall = 8;
@@ -26,6 +27,20 @@ constexpr size_t kCodeInL2 = 768 << 10;
 int64_t lanes_of(const Weight& weight) {
   const int64_t most = weight.kernel->tile_columns;
   return weight.code && weight.code->bytes() <= kCodeInL2 ? most / 2 : most;
+}
+
+// Where the vectors of a panel in a value's layout begin.
+std::vector<Piece> vector_pieces(const std::optional<PanelLayout>& layout) {
+  std::vector<Piece> pieces;
+  for (int v = 0; layout && v < kMaxPanelVectors; ++v) {
+    pieces.push_back({static_cast<int32_t>(v * layout->vector_floats()), static_cast<uint16_t>(v),
+                      static_cast<uint16_t>(kAllLanes)});
+  }
+  return pieces;
+}
+
+PanelRows panel_rows(const PanelLayout& layout, const std::vector<Piece>& pieces, int vectors) {
+  return {kPanelLanes, static_cast<uint32_t>(layout.period), pieces.data(), vectors};
 }
 
 }  // namespace
@@ -55,7 +70,9 @@ PanelTask::Share PanelTask::share_of(int64_t part) const {
   const int64_t sections = weight_.sell.num_sections;
   const int64_t vectors = (pixels_ + kPanelLanes - 1) / kPanelLanes;
   const bool is_tall = weight_.rows >= kTall * weight_.sell.cols;
-  if (vectors >= parts_ * (is_tall ? kWorthSharingTall : kWorthSharing) || sections < parts_) {
+  const bool in_panels = layouts_.x || layouts_.y;
+  const int64_t least = is_tall && !in_panels ? kWorthSharingTall : kWorthSharing;
+  if (vectors >= parts_ * least || sections < parts_) {
     return {even_columns(pixels_, part, parts_), {0, sections}};
   }
   return {{0, pixels_}, even_range(sections, part, parts_)};
@@ -74,16 +91,65 @@ Range PanelTask::panel_pixels(Range pixels, int64_t index) const {
   return {pixels.begin + vectors * index / panels * kPanelLanes, std::min(pixels.end, end)};
 }
 
-void PanelTask::run_panel(Panel panel, int64_t begin, Range sections,
-                          const Operands& operands) const {
+std::optional<PanelLayout> PanelTask::x_in_panels() const {
+  const PanelSource& s = source_;
+  const bool is_pointwise = s.taps.size() == 1 && s.taps[0].offset == 0 && !s.bordered &&
+                            s.groups == 1 && s.height == s.out_height && s.width == s.out_width;
+  if (!is_pointwise) return {};
+  return PanelLayout{weight_.sell.cols, pixels_, weight_.sell.block_cols};
+}
+
+std::optional<PanelLayout> PanelTask::y_in_panels() const {
+  return PanelLayout{weight_.rows, pixels_, 0};
+}
+
+void PanelTask::lay_out(const Layouts& layouts) {
+  layouts_ = layouts;
+  y_pieces_ = vector_pieces(layouts.y);
+  residual_pieces_ = vector_pieces(layouts.residual);
+}
+
+// The rows of zeros of some vectors of y.
+void PanelTask::write_zeros(int64_t begin, int vectors, float* y) const {
+  const PanelLayout& layout = *layouts_.y;
+  float* vector = y + begin / kPanelLanes * layout.vector_floats();
+  for (int v = 0; v < vectors; ++v, vector += layout.vector_floats()) {
+    for (int64_t i = 1; i <= layout.periods(); ++i) {
+      std::fill_n(vector + (i * (layout.period + 1) - 1) * kPanelLanes, kPanelLanes, 0.0f);
+    }
+  }
+}
+
+PanelCall PanelTask::call_of(Panel panel, int64_t begin, const Operands& operands) const {
   const int64_t image = point(source_, weight_.rows, begin, operands.x, operands.y, &panel);
-  const float* const x = panel.x;
+  const float* residual = operands.residual;
+  const int64_t vector = begin / kPanelLanes;
+  if (layouts_.x) {
+    panel.loads = nullptr;
+    panel.x = operands.x + vector * layouts_.x->vector_floats();
+    panel.x_vector_stride = layouts_.x->vector_floats();
+  }
+  if (layouts_.y) {
+    panel.y = operands.y + vector * layouts_.y->vector_floats();
+    panel.y_rows = panel_rows(*layouts_.y, y_pieces_, panel.vectors);
+  }
+  if (residual && layouts_.residual) {
+    residual += vector * layouts_.residual->vector_floats();
+    panel.residual_rows = panel_rows(*layouts_.residual, residual_pieces_, panel.vectors);
+  } else if (residual) {
+    residual += image * weight_.rows * source_.out_height * source_.out_width;
+  }
   PanelCall call{weight_.sell, panel, epilogue_, operands.own,
                  operands.own + (weight_.sell.block_cols + 1) * lanes_};
-  if (operands.residual) {
-    call.epilogue.residual =
-        operands.residual + image * weight_.rows * source_.out_height * source_.out_width;
-  }
+  call.epilogue.residual = residual;
+  return call;
+}
+
+void PanelTask::run_panel(Panel panel, int64_t begin, Range sections,
+                          const Operands& operands) const {
+  PanelCall call = call_of(panel, begin, operands);
+  if (layouts_.y && sections.begin == 0) write_zeros(begin, panel.vectors, operands.y);
+  const float* const x = call.panel.x;
   const int64_t group_sections = weight_.sell.num_sections / source_.groups;
   for (int64_t first = sections.begin; first < sections.end;) {
     const int64_t group = first / group_sections;
@@ -130,12 +196,13 @@ void PanelTask::prepare() {
       stored.loads.assign(made.loads, made.loads + made.taps * made.vectors);
       stored.tap_extra.assign(made.tap_extra, made.tap_extra + made.taps + 1);
       stored.extra_loads.assign(made.extra_loads, made.extra_loads + made.tap_extra[made.taps]);
-      stored.stores.assign(made.stores, made.stores + made.num_stores);
+      stored.stores.assign(made.y_rows.pieces, made.y_rows.pieces + made.y_rows.num_pieces);
       stored.panel = made;
       stored.panel.loads = stored.loads.data();
       stored.panel.extra_loads = stored.extra_loads.data();
       stored.panel.tap_extra = stored.tap_extra.data();
-      stored.panel.stores = stored.stores.data();
+      stored.panel.y_rows.pieces = stored.stores.data();
+      stored.panel.residual_rows.pieces = stored.stores.data();
     }
   }
 }

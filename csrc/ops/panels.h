@@ -21,7 +21,10 @@ class PanelTask : public Task {
   int64_t parts(int64_t) const override { return parts_; }
   int64_t own_floats() const override;
   // Each element of the residual is read right before the same element of y is written.
-  bool may_overwrite_residual() const override { return true; }
+  bool may_overwrite_residual() const override { return layouts_.residual == layouts_.y; }
+  std::optional<PanelLayout> x_in_panels() const override;
+  std::optional<PanelLayout> y_in_panels() const override;
+  void lay_out(const Layouts& layouts) override;
   void run(int64_t stage, int64_t part, const Operands& operands) const override;
   void prepare() override;
 
@@ -44,6 +47,8 @@ class PanelTask : public Task {
   int64_t panels_of(Range pixels) const;
   Range panel_pixels(Range pixels, int64_t index) const;
   void run_panel(Panel panel, int64_t begin, Range sections, const Operands& operands) const;
+  PanelCall call_of(Panel panel, int64_t begin, const Operands& operands) const;
+  void write_zeros(int64_t begin, int vectors, float* y) const;
 
   const Weight weight_;
   const Epilogue epilogue_;
@@ -51,6 +56,9 @@ class PanelTask : public Task {
   const int64_t lanes_;  // of the widest panel
   const int64_t pixels_;
   int64_t parts_ = 1;
+  Layouts layouts_;
+  std::vector<Piece> y_pieces_;  // of values in panels
+  std::vector<Piece> residual_pieces_;
   // By the first pixel's place in its image and the number of pixels; empty until prepared.
   std::map<std::pair<int64_t, int64_t>, Stored> stored_;
 };

@@ -9,6 +9,8 @@
 
 #include <memory>
 
+#include "ops/panel_layout.h"
+
 namespace sparselt {
 
 // The threads that a task is shared out to, and from how many multiply-adds on a second one is
@@ -24,7 +26,7 @@ struct Team {
 // What a run reads and writes. Scratch is aligned to 64 bytes and holds nothing from run to run.
 struct Operands {
   const float* x;
-  const float* residual;  // laid out as y, or null
+  const float* residual;  // or null
   float* y;
   float* shared;  // scratch that one stage leaves for the next: shared_floats()
   float* own;     // scratch of the running thread: own_floats()
@@ -48,6 +50,13 @@ class Task {
   // Whether y may lie where x does, or where the residual does.
   virtual bool may_overwrite_x() const { return false; }
   virtual bool may_overwrite_residual() const { return false; }
+
+  // How x would have to lie in panels for a run to read it as it is, and how y, and the residual,
+  // could: of any period. None where a value can only lie as in torch.
+  virtual std::optional<PanelLayout> x_in_panels() const { return {}; }
+  virtual std::optional<PanelLayout> y_in_panels() const { return {}; }
+  // Says how the values of each run lie.
+  virtual void lay_out(const Layouts&) {}
 
   // Computes once what each run would compute anew; worth its time and memory where there are many.
   virtual void prepare() {}

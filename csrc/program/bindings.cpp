@@ -155,6 +155,7 @@ void bind_program(pybind11::module_& module) {
       .def(pybind11::init<int64_t, std::shared_ptr<ArenaPool>>())
       .def_property_readonly("handle", &Program::handle)
       .def_property_readonly("arena_floats", &Program::arena_floats)
+      .def_property_readonly("num_in_panels", &Program::num_in_panels)
       .def_property_readonly("num_steps", &Program::num_steps)
       .def_property_readonly("has_parts", &Program::has_parts)
       .def("add_input", &Program::add_input)

@@ -43,7 +43,7 @@ Team Program::team() const { return {threads_, kLeastWork}; }
 
 int64_t Program::add(Place place, int64_t floats, int64_t index, const float* data) {
   const auto number = static_cast<int64_t>(values_.size());
-  values_.push_back({place, floats, number, 0, index, data, 0});
+  values_.push_back({place, floats, number, 0, index, data, 0, {}});
   return number;
 }
 
@@ -124,6 +124,47 @@ std::vector<int64_t> Program::last_uses() const {
     }
   }
   return last;
+}
+
+// The panels that a value can be kept in: those that its writer and all its readers agree on.
+std::optional<PanelLayout> Program::panels_for(int64_t number) const {
+  const auto lies_in = [&](const Value& other) { return other.root == number; };
+  if (value(number).place != Place::kArena) return {};
+  if (std::count_if(values_.begin(), values_.end(), lies_in) != 1) return {};
+  std::optional<PanelLayout> found;
+  for (const Step& step : steps_) {
+    std::vector<std::optional<PanelLayout>> met;
+    if (step.values.y == number) met.push_back(step.task ? step.task->y_in_panels() : std::nullopt);
+    if (step.values.residual == number)
+      met.push_back(step.task ? step.task->y_in_panels() : std::nullopt);
+    if (step.values.x == number) met.push_back(step.task ? step.task->x_in_panels() : std::nullopt);
+    for (const std::optional<PanelLayout>& layout : met) {
+      if (!layout || (found && !found->fits(*layout))) return {};
+      if (!found || found->period == 0) found = layout;
+    }
+  }
+  if (found && found->period == 0) found->period = found->rows;
+  return found;
+}
+
+void Program::lay_out_panels() {
+  for (size_t i = 0; i < values_.size(); ++i) {
+    values_[i].panels = panels_for(static_cast<int64_t>(i));
+    if (values_[i].panels) values_[i].floats = values_[i].panels->floats();
+  }
+  const auto panels_of = [&](int64_t number) {
+    return number < 0 ? std::nullopt : value(number).panels;
+  };
+  for (const Step& step : steps_) {
+    const StepValues& values = step.values;
+    if (!step.task) continue;
+    step.task->lay_out({panels_of(values.x), panels_of(values.residual), panels_of(values.y)});
+  }
+}
+
+int64_t Program::num_in_panels() const {
+  return std::count_if(values_.begin(), values_.end(),
+                       [](const Value& v) { return v.panels.has_value(); });
 }
 
 // Lets a result take the place of an operand that dies with it, where the task allows that.
@@ -212,6 +253,7 @@ Program::Region Program::make_region(size_t first_step, size_t last_step) const 
 }
 
 void Program::finish() {
+  lay_out_panels();
   share_in_place();
   plan_arena();
   size_t begin = 0;

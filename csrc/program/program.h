@@ -101,6 +101,7 @@ class Program {
   void set_parallel(bool parallel) { parallel_ = parallel; }
   bool has_parts() const;  // whether a second thread would find anything to do
   int64_t arena_floats() const { return arena_floats_; }
+  int64_t num_in_panels() const;  // values that are kept in panels
   int64_t num_steps() const { return static_cast<int64_t>(steps_.size()); }
 
  private:
@@ -113,6 +114,7 @@ class Program {
     int64_t index;        // of the input or output
     const float* data;    // of a constant
     int64_t offset;       // in the arena
+    std::optional<PanelLayout> panels;
   };
   struct Step {
     TaskPointer task;
@@ -146,6 +148,8 @@ class Program {
   std::unique_ptr<Context> new_context() const;
   Step& add_step(const StepValues& values);
   std::vector<int64_t> last_uses() const;
+  std::optional<PanelLayout> panels_for(int64_t number) const;
+  void lay_out_panels();
   void share_in_place();
   void plan_arena();
   Region make_region(size_t first_step, size_t last_step) const;

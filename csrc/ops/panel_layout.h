@@ -1,0 +1,42 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// How the tasks of a program may keep a value between them, where all of them run panels. Knows no
+// torch.
+#pragma once
+
+#include <stdint.h>
+
+#include <optional>
+
+namespace sparselt {
+
+// A matrix (rows, pixels) as panel kernels read it (kernels.h): vectors of 16 pixels, one after the
+// other, each with all rows of it. A row of zeros follows each `period` rows (0: of a layout to be
+// chosen, after any number).
+struct PanelLayout {
+  static constexpr int64_t kLanes = 16;
+
+  int64_t rows;
+  int64_t pixels;
+  int64_t period;
+
+  int64_t periods() const { return (rows + period - 1) / period; }
+  int64_t vector_floats() const { return periods() * (period + 1) * kLanes; }
+  int64_t floats() const { return (pixels + kLanes - 1) / kLanes * vector_floats(); }
+  bool fits(const PanelLayout& other) const {
+    const bool same_period = period == 0 || other.period == 0 || period == other.period;
+    return rows == other.rows && pixels == other.pixels && same_period;
+  }
+  bool operator==(const PanelLayout& other) const {
+    return rows == other.rows && pixels == other.pixels && period == other.period;
+  }
+};
+
+// Of the values of a task; none where a value is laid out as in torch.
+struct Layouts {
+  std::optional<PanelLayout> x;
+  std::optional<PanelLayout> residual;
+  std::optional<PanelLayout> y;
+};
+
+}  // namespace sparselt

@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Values that a native program keeps in panels: the same bits as layers one by one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from native_calls import compiled, segments_of
+from torch import Tensor, nn
+
+import sparselt
+from sparselt.plan import DENSE
+
+KERNELS = [k.name for k in sparselt.ops.kernels() if k.usable and k.op in ("panel", "code")]
+
+
+class Bottlenecks(nn.Module):
+    """Two residual blocks as ResNet-50's, of `rows` channels, and what may follow them."""
+
+    def __init__(self, rows: int = 24) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(5, rows, 3, padding=1)
+        self.narrow = nn.ModuleList(nn.Conv2d(rows, 10, 1) for _ in range(2))
+        self.middle = nn.ModuleList(nn.Conv2d(10, 12, 3, padding=1) for _ in range(2))
+        self.wide = nn.ModuleList(nn.Conv2d(12, rows, 1) for _ in range(2))
+        self.strided = nn.Conv2d(rows, 8, 1, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x).relu()
+        for narrow, middle, wide in zip(self.narrow, self.middle, self.wide, strict=True):
+            x = (wide(middle(narrow(x).relu()).relu()) + x).relu()
+        return self.strided(x)
+
+
+def sparse(model: nn.Module, seed: int = 0) -> nn.Module:
+    generator = torch.Generator().manual_seed(seed)
+    for weight in model.parameters():
+        shape = weight.shape
+        weight.data = torch.randn(shape, generator=generator) * 0.3
+        if weight.dim() > 1:
+            weight.data *= torch.rand(shape, generator=generator) < 0.3
+    return model.eval()
+
+
+def choose(monkeypatch: pytest.MonkeyPatch, kernel: str, block_cols: int = 8) -> None:
+    """Has every layer that can run `kernel`, in blocks of few columns."""
+    monkeypatch.setattr("sparselt.layout._BLOCK_COLS", block_cols)
+    monkeypatch.setattr("sparselt.layout._CODE_BLOCK_COLS", block_cols)
+    monkeypatch.setattr("sparselt.layout._SPARSE_BLOCK_ROW_COLS", block_cols)
+    times = {kernel: 1.0, DENSE: 100.0}
+    monkeypatch.setattr(
+        "sparselt.tune.measure", lambda calls, **_: {call: times.get(call, 50.0) for call in calls}
+    )
+
+
+def in_panels(program) -> int:
+    (segment,) = segments_of(program)
+    return max(planned.native.num_in_panels for planned in segment.programs.values() if planned)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("shape", [(1, 5, 24, 23), (1, 5, 5, 5), (3, 5, 7, 6)])
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_values_in_panels_have_the_bits_of_layers_one_by_one(monkeypatch, kernel, shape, threads):
+    torch.set_num_threads(threads)
+    choose(monkeypatch, kernel)
+    model = sparse(Bottlenecks())
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    one_by_one = sparselt.convert(model, x)
+    program, in_torch = compiled(model, x)
+    for given in (x, x * 3):
+        torch.testing.assert_close(program(given), one_by_one(given), rtol=0, atol=0)
+    assert not in_torch
+    if not kernel.startswith("sell_code"):
+        assert in_panels(program) >= 4
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_an_infinite_value_reaches_the_rows_that_use_it_alone(monkeypatch, kernel):
+    choose(monkeypatch, kernel)
+    model = sparse(Bottlenecks())
+    x = torch.randn(1, 5, 24, 24, generator=torch.Generator().manual_seed(1))
+    x[0, 2, 3, 4] = torch.inf
+    program = sparselt.compile(model, x)
+    expected = sparselt.convert(model, x)(x)
+    assert expected.isfinite().any() and not expected.isfinite().all()
+    torch.testing.assert_close(program(x), expected, rtol=0, atol=0, equal_nan=True)
+
+
+class Readers(nn.Module):
+    """A value with two readers, of which `second` asks for it in another way."""
+
+    def __init__(self, second: nn.Module) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(5, 16, 1)
+        self.reader = nn.Conv2d(16, 8, 1)
+        self.second = second
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        value = self.first(x)
+        return self.reader(value), self.second(value)
+
+
+@pytest.mark.parametrize(
+    ("second", "kept"),
+    [
+        (nn.Conv2d(16, 6, 1), 1),
+        (nn.Conv2d(16, 6, 3), 0),
+        (nn.Conv2d(16, 6, 1, stride=2), 0),
+        (nn.Conv2d(16, 6, 1, padding=1), 0),
+        (nn.Conv2d(16, 6, 1, groups=2), 0),
+        (nn.ReLU(), 0),
+        (nn.Flatten(), 0),
+    ],
+    ids=lambda value: str(value).split("(", 1)[0] if isinstance(value, nn.Module) else "",
+)
+def test_a_value_is_kept_in_panels_where_all_readers_take_it(monkeypatch, second, kept):
+    choose(monkeypatch, "sell_panel_scalar")
+    model = sparse(Readers(second))
+    x = torch.randn(2, 5, 6, 7, generator=torch.Generator().manual_seed(1))
+    program, in_torch = compiled(model, x)
+    for got, expected in zip(program(x), sparselt.convert(model, x)(x), strict=True):
+        torch.testing.assert_close(got, expected, rtol=0, atol=0)
+    assert not in_torch
+    assert in_panels(program) == kept
