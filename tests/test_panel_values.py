@@ -58,18 +58,17 @@ def in_panels(program) -> int:
     return max(planned.native.num_in_panels for planned in segment.programs.values() if planned)
 
 
-@pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("shape", [(1, 5, 24, 23), (1, 5, 5, 5), (3, 5, 7, 6)])
+@pytest.mark.parametrize("shape", [(1, 5, 24, 23), (3, 5, 7, 6)])
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_values_in_panels_have_the_bits_of_layers_one_by_one(monkeypatch, kernel, shape, threads):
-    torch.set_num_threads(threads)
+def test_values_in_panels_have_the_bits_of_layers_one_by_one(monkeypatch, kernel, shape):
     choose(monkeypatch, kernel)
     model = sparse(Bottlenecks())
     x = torch.randn(shape, generator=torch.Generator().manual_seed(1))
     one_by_one = sparselt.convert(model, x)
     program, in_torch = compiled(model, x)
-    for given in (x, x * 3):
-        torch.testing.assert_close(program(given), one_by_one(given), rtol=0, atol=0)
+    for threads in (2, 1):
+        torch.set_num_threads(threads)
+        torch.testing.assert_close(program(x), one_by_one(x), rtol=0, atol=0)
     assert not in_torch
     if not kernel.startswith("sell_code"):
         assert in_panels(program) >= 4

@@ -3,9 +3,13 @@
 // Products: sizes around every kernel's tile, densities from nothing to everything.
 #include <algorithm>
 
+#include "ops/panel_layout.h"
 #include "problems.h"
 
 namespace neon_test {
+
+using sparselt::PanelLayout;
+
 namespace {
 
 constexpr int64_t kColumns[] = {1,  2,  3,  4,  5,  7,  8,  9,  12, 15, 16, 17, 23,  24,  25, 31,
@@ -94,6 +98,67 @@ void run_product(const KernelInfo& kernel, const Product& product, Edge edge, Ge
   expect_intact(x.intact() && y.intact() && y_cut.intact() && weight.intact() && ending.intact());
 }
 
+// Where an element of a matrix lies in panels.
+size_t place_in(const PanelLayout& layout, int64_t row, int64_t pixel) {
+  const int64_t vector = pixel / PanelLayout::kLanes * layout.vector_floats();
+  const int64_t below = (row + row / layout.period) * PanelLayout::kLanes;
+  return static_cast<size_t>(vector + below + pixel % PanelLayout::kLanes);
+}
+
+// With zeros in the rows and lanes that belong to no element.
+Guarded<float> in_panels(const std::vector<float>& values, const PanelLayout& layout, Edge edge) {
+  const std::vector<float> zeros(static_cast<size_t>(layout.floats()), 0.0f);
+  Guarded<float> panels(zeros, edge);
+  for (size_t i = 0; i < values.size(); ++i) {
+    const auto at = static_cast<int64_t>(i);
+    panels.data()[place_in(layout, at / layout.pixels, at % layout.pixels)] = values[i];
+  }
+  return panels;
+}
+
+// The product of x in panels, to y in panels, with a residual in panels.
+std::vector<float> multiply_in_panels(const KernelInfo& kernel, const SellView& weight,
+                                      const Product& product, Edge edge) {
+  constexpr int kVectors = sparselt::kMaxPanelVectors;
+  const PanelLayout x_layout{weight.cols, product.columns, weight.block_cols};
+  const PanelLayout y_layout{weight.rows, product.columns, 1 + product.variant % 5};
+  const Guarded<float> x = in_panels(product.x, x_layout, edge);
+  const Guarded<float> residual = in_panels(product.ending.residual, y_layout, edge);
+  Guarded<float> y(static_cast<size_t>(y_layout.floats()), edge);
+  const HeldEnding ending = hold_ending(product.ending, edge);
+  sparselt::Piece pieces[kVectors];
+  for (int v = 0; v < kVectors; ++v) {
+    pieces[v] = {static_cast<int32_t>(v * y_layout.vector_floats()), static_cast<uint16_t>(v),
+                 static_cast<uint16_t>(sparselt::kAllLanes)};
+  }
+  const int64_t vectors = (product.columns + PanelLayout::kLanes - 1) / PanelLayout::kLanes;
+  const int64_t most = kernel.tile_columns / PanelLayout::kLanes;
+  for (int64_t first = 0; first < vectors; first += most) {
+    const auto count = static_cast<int>(std::min(most, vectors - first));
+    Guarded<float> sums(static_cast<size_t>(weight.rows * count * PanelLayout::kLanes), edge);
+    const sparselt::PanelRows rows{PanelLayout::kLanes, static_cast<uint32_t>(y_layout.period),
+                                   pieces, count};
+    sparselt::PanelCall call{weight, {}, ending.pointers, nullptr, sums.data()};
+    call.panel.x = x.data() + first * x_layout.vector_floats();
+    call.panel.x_vector_stride = x_layout.vector_floats();
+    call.panel.taps = 1;
+    call.panel.vectors = count;
+    call.panel.y = y.data() + first * y_layout.vector_floats();
+    call.panel.y_rows = call.panel.residual_rows = rows;
+    if (call.epilogue.residual) {
+      call.epilogue.residual = residual.data() + first * y_layout.vector_floats();
+    }
+    kernel.panel(call, {0, weight.num_sections});
+    expect_intact(sums.intact());
+  }
+  expect_intact(x.intact() && residual.intact() && y.intact() && ending.intact());
+  std::vector<float> values;
+  for (int64_t i = 0; i < weight.rows * product.columns; ++i) {
+    values.push_back(y[place_in(y_layout, i / product.columns, i % product.columns)]);
+  }
+  return values;
+}
+
 void run_panel_product(const KernelInfo& kernel, const Product& product, Edge edge,
                        Generator& random) {
   const SlicedWeight weight = sliced_weight(kernel, product.weight, product.variant, 1, edge);
@@ -113,6 +178,7 @@ void run_panel_product(const KernelInfo& kernel, const Product& product, Edge ed
   run_panels(kernel, weight.arrays.view, source, x.data(), y_cut.data(), ending.pointers, edge,
              &random);
   expect_same(y, y_cut);
+  expect_same(y, {multiply_in_panels(kernel, weight.arrays.view, product, edge), edge});
   expect_intact(x.intact() && y.intact() && y_cut.intact() && weight.arrays.intact() &&
                 ending.intact());
 }
