@@ -44,9 +44,9 @@ def sparse(model: nn.Module, seed: int = 0) -> nn.Module:
 
 def choose(monkeypatch: pytest.MonkeyPatch, kernel: str, block_cols: int = 8) -> None:
     """Has every layer that can run `kernel`, in blocks of few columns."""
-    monkeypatch.setattr("sparselt.layout._BLOCK_COLS", block_cols)
-    monkeypatch.setattr("sparselt.layout._CODE_BLOCK_COLS", block_cols)
-    monkeypatch.setattr("sparselt.layout._SPARSE_BLOCK_ROW_COLS", block_cols)
+    monkeypatch.setattr("sparselt.rules._BLOCK_COLS", block_cols)
+    monkeypatch.setattr("sparselt.rules._CODE_BLOCK_COLS", block_cols)
+    monkeypatch.setattr("sparselt.rules._SPARSE_BLOCK_ROW_COLS", block_cols)
     times = {kernel: 1.0, DENSE: 100.0}
     monkeypatch.setattr(
         "sparselt.tune.measure", lambda calls, **_: {call: times.get(call, 50.0) for call in calls}
