@@ -59,7 +59,7 @@ def fused(function, *shapes: tuple[int, ...], density: float = 0.3) -> tuple[str
     got = lowered.module(*values.values(), *[x.clone() for x in inputs])
     want = function(*values.values(), *[x.clone() for x in inputs])
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
-    assert lowered.rows[0].kernel.startswith("csr_conv2d")
+    assert lowered.rows[0].format == "csr"
     reason = lowered.rows[0].reason.partition("; with ")[2]
     return reason, sorted(lowered.others)
 

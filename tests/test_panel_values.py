@@ -82,8 +82,66 @@ def test_an_infinite_value_reaches_the_rows_that_use_it_alone(monkeypatch, kerne
     x[0, 2, 3, 4] = torch.inf
     program = sparselt.compile(model, x)
     expected = sparselt.convert(model, x)(x)
-    assert expected.isfinite().any() and not expected.isfinite().all()
+    assert expected.isfinite().any()
+    assert not expected.isfinite().all()
     torch.testing.assert_close(program(x), expected, rtol=0, atol=0, equal_nan=True)
+
+
+class Folded(nn.Module):
+    """A value whose images are cut in two between its writer and its reader."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(5, 16, 1)
+        self.second = nn.Conv2d(16, 6, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x).reshape(2, 16, 3, 4))
+
+
+def test_a_value_that_is_read_as_other_images_lies_as_in_torch(monkeypatch):
+    choose(monkeypatch, "sell_panel_scalar")
+    model = sparse(Folded())
+    x = torch.randn(1, 5, 6, 4, generator=torch.Generator().manual_seed(1))
+    program, in_torch = compiled(model, x)
+    torch.testing.assert_close(program(x), sparselt.convert(model, x)(x), rtol=0, atol=0)
+    assert not in_torch
+    assert in_panels(program) == 0
+
+
+class Rows(nn.Module):
+    """Linear layers, of which one adds a residual."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(19, 37)
+        self.second = nn.Linear(37, 37)
+        self.third = nn.Linear(37, 11)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x).relu()
+        return self.third((self.second(x).relu() + x).clamp(-0.5, 0.5)).relu()
+
+
+@pytest.mark.parametrize("batch", [3, 16, 33])
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_linear_layers_pass_panels_on(monkeypatch, kernel, batch):
+    choose(monkeypatch, kernel)
+    model = sparse(Rows())
+    x = torch.randn(batch, 19, generator=torch.Generator().manual_seed(1))
+    one_by_one = sparselt.convert(model, x)
+    program, in_torch = compiled(model, x)
+    torch.testing.assert_close(program(x), one_by_one(x), rtol=0, atol=0)
+    assert not in_torch
+
+
+def test_linear_layers_without_residuals_are_transposed_at_the_ends_alone(monkeypatch):
+    choose(monkeypatch, "sell_panel_scalar")
+    model = sparse(nn.Sequential(nn.Linear(8, 30), nn.ReLU(), nn.Linear(30, 30), nn.Linear(30, 5)))
+    x = torch.randn(17, 8, generator=torch.Generator().manual_seed(1))
+    program, _ = compiled(model, x)
+    torch.testing.assert_close(program(x), sparselt.convert(model, x)(x), rtol=0, atol=0)
+    assert in_panels(program) == 2
 
 
 class Readers(nn.Module):

@@ -2,11 +2,13 @@
 //
 // y (..., M) = clamp(x (..., K) W^T + bias + residual): torch's layout, where features lie next to
 // each other. Kernels want the batch to lie next to each other instead, so x is transposed before
-// and y after; a batch of one needs neither, and spmv kernels take any layout.
+// and y after, from and to panels for kernels that run them; a batch of one needs neither, and spmv
+// kernels take any layout.
 #include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
 #include <limits>
+#include <optional>
 
 #include "ops/check.h"
 #include "ops/partition.h"
@@ -17,91 +19,185 @@
 namespace sparselt {
 namespace {
 
-constexpr int64_t kTransposeBlock = 16;  // rows and columns: 16 cache lines in, 16 out
+constexpr int64_t kBlock = 16;  // rows and columns of a transpose: 16 cache lines in, 16 out
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
-// Writes to (columns, rows) = clamp(from (rows, columns)^T + residual), in parts of whole blocks of
-// rows.
+// Where the elements of a matrix (features, batch) lie: as in memory, or in panels.
+class Places {
+ public:
+  Places(int64_t features, int64_t batch)
+      : floats_(features * batch), vector_(kBlock), row_(batch), period_(features) {}
+  explicit Places(const PanelLayout& panels)
+      : floats_(panels.floats()),
+        vector_(panels.vector_floats()),
+        row_(kBlock),
+        period_(panels.period),
+        zeros_(panels.periods()) {}
+
+  int64_t floats() const { return floats_; }
+  // Of a feature, for the 16 samples of a vector.
+  int64_t at(int64_t feature, int64_t vector) const {
+    return vector * vector_ + (feature + feature / period_) * row_;
+  }
+  int64_t rows_of_zeros() const { return zeros_; }
+  int64_t row_of_zeros(int64_t i, int64_t vector) const {
+    return vector * vector_ + ((i + 1) * (period_ + 1) - 1) * row_;
+  }
+
+ private:
+  int64_t floats_;
+  int64_t vector_;
+  int64_t row_;
+  int64_t period_;
+  int64_t zeros_ = 0;
+};
+
+// Between torch's (batch, features) and such a matrix, in parts of whole blocks of features.
 class Transpose {
  public:
-  Transpose(const Team& team, int64_t rows, int64_t columns)
-      : rows_(rows),
-        columns_(columns),
-        blocks_((rows + kTransposeBlock - 1) / kTransposeBlock),
-        parts_(copying_parts(team, blocks_, columns * kTransposeBlock)) {}
+  Transpose(const Team& team, int64_t features, int64_t batch, const Places& places)
+      : features_(features),
+        batch_(batch),
+        vectors_((batch + kBlock - 1) / kBlock),
+        blocks_((features + kBlock - 1) / kBlock),
+        parts_(copying_parts(team, blocks_, batch * kBlock)),
+        places_(places) {}
 
   int64_t parts() const { return parts_; }
+  int64_t floats() const { return whole_lines(places_.floats()); }
 
-  void run(int64_t part, const float* from, const Epilogue& e, float* to) const {
+  void from_torch(int64_t part, const float* x, float* matrix) const {
+    visit(part, [&](int64_t feature, int64_t vector, int64_t lanes) {
+      float* to = matrix + places_.at(feature, vector);
+      const float* from = x + vector * kBlock * features_ + feature;
+      for (int64_t lane = 0; lane < lanes; ++lane) to[lane] = from[lane * features_];
+      // Panels have their lanes in full.
+      for (int64_t lane = lanes; places_.rows_of_zeros() > 0 && lane < kBlock; ++lane) to[lane] = 0;
+    });
+    for (int64_t i = part; i < places_.rows_of_zeros(); i += parts_) {
+      for (int64_t vector = 0; vector < vectors_; ++vector) {
+        std::fill_n(matrix + places_.row_of_zeros(i, vector), kBlock, 0.0f);
+      }
+    }
+  }
+
+  // y = clamp(matrix^T + residual).
+  void to_torch(int64_t part, const float* matrix, const Epilogue& e, float* y) const {
+    visit(part, [&](int64_t feature, int64_t vector, int64_t lanes) {
+      const float* from = matrix + places_.at(feature, vector);
+      for (int64_t lane = 0; lane < lanes; ++lane) {
+        const int64_t to = (vector * kBlock + lane) * features_ + feature;
+        float value = from[lane];
+        if (e.residual) value += e.residual[to];
+        value = value < e.lower ? e.lower : value;  // written so that a NaN stays a NaN
+        y[to] = value > e.upper ? e.upper : value;
+      }
+    });
+  }
+
+ private:
+  // Calls run(feature, vector, lanes) for all of a part, block by block.
+  template <class Run>
+  void visit(int64_t part, const Run& run) const {
     const Range blocks = even_range(blocks_, part, parts_);
     for (int64_t block = blocks.begin; block < blocks.end; ++block) {
-      const int64_t last_row = std::min(rows_, (block + 1) * kTransposeBlock);
-      for (int64_t first = 0; first < columns_; first += kTransposeBlock) {
-        const int64_t last = std::min(columns_, first + kTransposeBlock);
-        for (int64_t column = first; column < last; ++column) {
-          for (int64_t row = block * kTransposeBlock; row < last_row; ++row) {
-            float value = from[row * columns_ + column];
-            if (e.residual) value += e.residual[column * rows_ + row];
-            value = value < e.lower ? e.lower : value;  // written so that a NaN stays a NaN
-            to[column * rows_ + row] = value > e.upper ? e.upper : value;
-          }
+      const int64_t last = std::min(features_, (block + 1) * kBlock);
+      for (int64_t vector = 0; vector < vectors_; ++vector) {
+        const int64_t lanes = std::min(kBlock, batch_ - vector * kBlock);
+        for (int64_t feature = block * kBlock; feature < last; ++feature) {
+          run(feature, vector, lanes);
         }
       }
     }
   }
 
- private:
-  int64_t rows_;
-  int64_t columns_;
+  int64_t features_;
+  int64_t batch_;
+  int64_t vectors_;
   int64_t blocks_;
   int64_t parts_;
+  Places places_;
 };
 
-// The product between two transposes.
+// The product between two transposes, but for values that already lie in panels.
 class TransposedTask final : public Task {
  public:
   TransposedTask(const Team& team, const Weight& weight, int64_t batch, const Epilogue& epilogue)
-      : epilogue_(epilogue),
-        product_(
-            make_spmm_task(team, weight, batch, {epilogue.bias, nullptr, -kInfinity, kInfinity})),
-        before_(team, batch, weight.cols),
-        after_(team, weight.rows, batch),
-        in_floats_(whole_lines(weight.cols * batch)),
-        out_floats_(whole_lines(weight.rows * batch)) {}
+      : team_(team), weight_(weight), batch_(batch), epilogue_(epilogue) {
+    make_stages();
+  }
 
-  int64_t stages() const override { return product_->stages() + 2; }
+  int64_t stages() const override { return product_->stages() + !layouts_.x + !layouts_.y; }
   int64_t parts(int64_t stage) const override {
-    if (stage == 0) return before_.parts();
-    return stage + 1 == stages() ? after_.parts() : product_->parts(stage - 1);
+    if (is_before(stage)) return before_->parts();
+    return is_after(stage) ? after_->parts() : product_->parts(stage - !layouts_.x);
   }
   int64_t shared_floats() const override {
-    return in_floats_ + out_floats_ + product_->shared_floats();
+    return before_->floats() + after_->floats() + product_->shared_floats();
   }
   int64_t own_floats() const override { return product_->own_floats(); }
-  bool may_overwrite_residual() const override { return true; }
+  bool may_overwrite_residual() const override { return !layouts_.y; }
+  std::optional<PanelLayout> x_in_panels() const override {
+    return of_samples(product_->x_in_panels());
+  }
+  std::optional<PanelLayout> y_in_panels(bool has_residual) const override {
+    return has_residual ? std::nullopt : of_samples(product_->y_in_panels(false));
+  }
+  void lay_out(const Layouts& layouts) override {
+    layouts_ = layouts;
+    make_stages();
+  }
   void prepare() override { product_->prepare(); }
 
   void run(int64_t stage, int64_t part, const Operands& operands) const override {
     float* in = operands.shared;
-    float* out = in + in_floats_;
-    if (stage == 0) {
-      before_.run(part, operands.x, {nullptr, nullptr, -kInfinity, kInfinity}, in);
-    } else if (stage + 1 == stages()) {
+    float* out = in + before_->floats();
+    if (is_before(stage)) {
+      before_->from_torch(part, operands.x, in);
+    } else if (is_after(stage)) {
       Epilogue after = epilogue_;
       after.residual = operands.residual;
-      after_.run(part, out, after, operands.y);
+      after_->to_torch(part, out, after, operands.y);
     } else {
-      product_->run(stage - 1, part, {in, nullptr, out, out + out_floats_, operands.own});
+      product_->run(stage - !layouts_.x, part,
+                    {layouts_.x ? operands.x : in, nullptr, layouts_.y ? operands.y : out,
+                     out + after_->floats(), operands.own});
     }
   }
 
  private:
+  // A matrix (features, batch), whose samples lie one after the other in torch.
+  std::optional<PanelLayout> of_samples(std::optional<PanelLayout> layout) const {
+    if (layout) layout->images = batch_;
+    return layout;
+  }
+  bool is_before(int64_t stage) const { return stage == 0 && !layouts_.x; }
+  bool is_after(int64_t stage) const { return stage + 1 == stages() && !layouts_.y; }
+
+  void make_stages() {
+    const bool clamps = layouts_.y.has_value();
+    product_ = make_spmm_task(team_, weight_, batch_,
+                              {epilogue_.bias, nullptr, clamps ? epilogue_.lower : -kInfinity,
+                               clamps ? epilogue_.upper : kInfinity});
+    Layouts inner = layouts_;
+    if (!inner.x) inner.x = product_->x_in_panels();
+    if (!inner.y) inner.y = product_->y_in_panels(false);
+    if (inner.y && inner.y->period == 0) inner.y->period = inner.y->rows;
+    product_->lay_out(inner);
+    before_.emplace(team_, weight_.cols, batch_,
+                    inner.x ? Places(*inner.x) : Places(weight_.cols, batch_));
+    after_.emplace(team_, weight_.rows, batch_,
+                   inner.y ? Places(*inner.y) : Places(weight_.rows, batch_));
+  }
+
+  const Team team_;
+  const Weight weight_;
+  const int64_t batch_;
   const Epilogue epilogue_;
-  const TaskPointer product_;
-  const Transpose before_;
-  const Transpose after_;
-  const int64_t in_floats_;
-  const int64_t out_floats_;
+  Layouts layouts_;
+  TaskPointer product_;
+  std::optional<Transpose> before_;
+  std::optional<Transpose> after_;
 };
 
 }  // namespace

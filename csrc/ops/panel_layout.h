@@ -12,23 +12,27 @@ namespace sparselt {
 
 // A matrix (rows, pixels) as panel kernels read it (kernels.h): vectors of 16 pixels, one after the
 // other, each with all rows of it. A row of zeros follows each `period` rows (0: of a layout to be
-// chosen, after any number).
+// chosen, after any number). Torch's layout is (images, rows, pixels / images).
 struct PanelLayout {
   static constexpr int64_t kLanes = 16;
 
   int64_t rows;
-  int64_t pixels;
+  int64_t images;
+  int64_t pixels;  // of all images
   int64_t period;
 
   int64_t periods() const { return (rows + period - 1) / period; }
   int64_t vector_floats() const { return periods() * (period + 1) * kLanes; }
   int64_t floats() const { return (pixels + kLanes - 1) / kLanes * vector_floats(); }
+  bool same_matrix(const PanelLayout& other) const {
+    return rows == other.rows && images == other.images && pixels == other.pixels;
+  }
   bool fits(const PanelLayout& other) const {
     const bool same_period = period == 0 || other.period == 0 || period == other.period;
-    return rows == other.rows && pixels == other.pixels && same_period;
+    return same_matrix(other) && same_period;
   }
   bool operator==(const PanelLayout& other) const {
-    return rows == other.rows && pixels == other.pixels && period == other.period;
+    return same_matrix(other) && period == other.period;
   }
 };
 

@@ -96,11 +96,11 @@ std::optional<PanelLayout> PanelTask::x_in_panels() const {
   const bool is_pointwise = s.taps.size() == 1 && s.taps[0].offset == 0 && !s.bordered &&
                             s.groups == 1 && s.height == s.out_height && s.width == s.out_width;
   if (!is_pointwise) return {};
-  return PanelLayout{weight_.sell.cols, pixels_, weight_.sell.block_cols};
+  return PanelLayout{weight_.sell.cols, source_.batch, pixels_, weight_.sell.block_cols};
 }
 
-std::optional<PanelLayout> PanelTask::y_in_panels() const {
-  return PanelLayout{weight_.rows, pixels_, 0};
+std::optional<PanelLayout> PanelTask::y_in_panels(bool) const {
+  return PanelLayout{weight_.rows, source_.batch, pixels_, 0};
 }
 
 void PanelTask::lay_out(const Layouts& layouts) {

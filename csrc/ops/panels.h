@@ -23,7 +23,7 @@ class PanelTask : public Task {
   // Each element of the residual is read right before the same element of y is written.
   bool may_overwrite_residual() const override { return layouts_.residual == layouts_.y; }
   std::optional<PanelLayout> x_in_panels() const override;
-  std::optional<PanelLayout> y_in_panels() const override;
+  std::optional<PanelLayout> y_in_panels(bool) const override;
   void lay_out(const Layouts& layouts) override;
   void run(int64_t stage, int64_t part, const Operands& operands) const override;
   void prepare() override;

@@ -52,9 +52,9 @@ class Task {
   virtual bool may_overwrite_residual() const { return false; }
 
   // How x would have to lie in panels for a run to read it as it is, and how y, and the residual,
-  // could: of any period. None where a value can only lie as in torch.
+  // could, with a residual or none: of any period. None where a value can only lie as in torch.
   virtual std::optional<PanelLayout> x_in_panels() const { return {}; }
-  virtual std::optional<PanelLayout> y_in_panels() const { return {}; }
+  virtual std::optional<PanelLayout> y_in_panels(bool) const { return {}; }
   // Says how the values of each run lie.
   virtual void lay_out(const Layouts&) {}
 

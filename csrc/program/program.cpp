@@ -133,11 +133,14 @@ std::optional<PanelLayout> Program::panels_for(int64_t number) const {
   if (std::count_if(values_.begin(), values_.end(), lies_in) != 1) return {};
   std::optional<PanelLayout> found;
   for (const Step& step : steps_) {
+    const StepValues& values = step.values;
+    const Task* task = step.task.get();
     std::vector<std::optional<PanelLayout>> met;
-    if (step.values.y == number) met.push_back(step.task ? step.task->y_in_panels() : std::nullopt);
-    if (step.values.residual == number)
-      met.push_back(step.task ? step.task->y_in_panels() : std::nullopt);
-    if (step.values.x == number) met.push_back(step.task ? step.task->x_in_panels() : std::nullopt);
+    if (values.y == number) {
+      met.push_back(task ? task->y_in_panels(values.residual >= 0) : std::nullopt);
+    }
+    if (values.residual == number) met.push_back(task ? task->y_in_panels(true) : std::nullopt);
+    if (values.x == number) met.push_back(task ? task->x_in_panels() : std::nullopt);
     for (const std::optional<PanelLayout>& layout : met) {
       if (!layout || (found && !found->fits(*layout))) return {};
       if (!found || found->period == 0) found = layout;

@@ -120,8 +120,8 @@ Guarded<float> in_panels(const std::vector<float>& values, const PanelLayout& la
 std::vector<float> multiply_in_panels(const KernelInfo& kernel, const SellView& weight,
                                       const Product& product, Edge edge) {
   constexpr int kVectors = sparselt::kMaxPanelVectors;
-  const PanelLayout x_layout{weight.cols, product.columns, weight.block_cols};
-  const PanelLayout y_layout{weight.rows, product.columns, 1 + product.variant % 5};
+  const PanelLayout x_layout{weight.cols, 1, product.columns, weight.block_cols};
+  const PanelLayout y_layout{weight.rows, 1, product.columns, 1 + product.variant % 5};
   const Guarded<float> x = in_panels(product.x, x_layout, edge);
   const Guarded<float> residual = in_panels(product.ending.residual, y_layout, edge);
   Guarded<float> y(static_cast<size_t>(y_layout.floats()), edge);
