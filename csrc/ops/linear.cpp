@@ -26,7 +26,10 @@ constexpr float kInfinity = std::numeric_limits<float>::infinity();
 class Places {
  public:
   Places(int64_t features, int64_t batch)
-      : floats_(features * batch), vector_(kBlock), row_(batch), period_(features) {}
+      : floats_(features * batch),
+        vector_(kBlock),
+        row_(batch),
+        period_(std::max<int64_t>(1, features)) {}
   explicit Places(const PanelLayout& panels)
       : floats_(panels.floats()),
         vector_(panels.vector_floats()),
@@ -182,7 +185,7 @@ class TransposedTask final : public Task {
     Layouts inner = layouts_;
     if (!inner.x) inner.x = product_->x_in_panels();
     if (!inner.y) inner.y = product_->y_in_panels(false);
-    if (inner.y && inner.y->period == 0) inner.y->period = inner.y->rows;
+    if (inner.y) inner.y = inner.y->chosen();
     product_->lay_out(inner);
     before_.emplace(team_, weight_.cols, batch_,
                     inner.x ? Places(*inner.x) : Places(weight_.cols, batch_));

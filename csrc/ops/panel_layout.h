@@ -6,6 +6,7 @@
 
 #include <stdint.h>
 
+#include <algorithm>
 #include <optional>
 
 namespace sparselt {
@@ -24,6 +25,10 @@ struct PanelLayout {
   int64_t periods() const { return (rows + period - 1) / period; }
   int64_t vector_floats() const { return periods() * (period + 1) * kLanes; }
   int64_t floats() const { return (pixels + kLanes - 1) / kLanes * vector_floats(); }
+  // With a period where none was chosen: all rows.
+  PanelLayout chosen() const {
+    return {rows, images, pixels, period == 0 ? std::max<int64_t>(1, rows) : period};
+  }
   bool same_matrix(const PanelLayout& other) const {
     return rows == other.rows && images == other.images && pixels == other.pixels;
   }

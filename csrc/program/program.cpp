@@ -146,8 +146,7 @@ std::optional<PanelLayout> Program::panels_for(int64_t number) const {
       if (!found || found->period == 0) found = layout;
     }
   }
-  if (found && found->period == 0) found->period = found->rows;
-  return found;
+  return found ? found->chosen() : found;
 }
 
 void Program::lay_out_panels() {
