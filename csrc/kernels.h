@@ -149,6 +149,21 @@ struct BitsView {
   int64_t cols;
 };
 
+// The window format: slices of 16 rows, the longest first, a lane a row. A step meets the 32
+// columns from 16 * windows[step] on: in lane i the column columns[step * 16 + i] - 128 of them,
+// and nothing where that is 0.
+constexpr int64_t kWindowLanes = 16;
+constexpr uint8_t kWindowKept = 128;
+struct WindowView {
+  const int32_t* slice_steps;  // a slice each, + 1: its first step
+  const int32_t* slice_rows;   // 16 a slice: the row, or -1 for none
+  const uint16_t* windows;     // one a step
+  const uint8_t* columns;      // 16 a step
+  const float* values;         // 16 a step
+  int64_t rows;
+  int64_t cols;
+};
+
 // Lanes of a panel's vector of 16: the lanes in `mask` lie at base + offset + lane.
 struct Piece {
   int32_t offset;
@@ -200,10 +215,9 @@ struct PanelCall {
 // what short rows are filled up with. For the sign format the negative of each block follows it, so
 // that its columns find it. ops/spmv.cpp makes this.
 //
-// For the bits format `bits` stands in place of `weight`, and column n of x is contiguous, from x +
-// n
-// * block_stride on, with zeros up to a multiple of 16; `lanes` says nothing. ops/bits.cpp makes
-// this.
+// For the formats bits and window a view of theirs stands in place of `weight`, and column n of x
+// is contiguous, from x + n * block_stride on, with zeros up to a multiple of 16 and 16 more behind
+// it; `lanes` says nothing. ops/spmv_columns.cpp makes this.
 constexpr int64_t kMaxSpmvColumns = 16;
 struct SpmvCall {
   SellView weight;
@@ -217,6 +231,7 @@ struct SpmvCall {
   int64_t y_column_stride;
   Epilogue epilogue;
   BitsView bits{};
+  WindowView window{};
 };
 
 // One direction of a window that slides over an image.
@@ -244,7 +259,8 @@ struct DepthwiseCall {
 };
 
 // `rows` counts stored (block) rows; `columns` matrix columns; `pixels` flat pixels as above;
-// `lines` output lines; `sections` those of SELL, rows of bits; `planes` channels of all images.
+// `lines` output lines; `sections` those of SELL, rows of bits, slices of windows; `planes`
+// channels of all images.
 using PanelKernel = void (*)(const PanelCall& call, Range sections);
 using SpmvKernel = void (*)(const SpmvCall& call, Range sections);
 using SpmmKernel = void (*)(const SpmmCall& call, Range rows, Range columns);

@@ -42,6 +42,9 @@ _SIGN_BLOCK_COLS = 2**14 - 1
 # A step over 16 positions takes its time even where nothing is kept.
 _BITS_FROM = 0.15
 
+# What 15-bit numbers of windows reach.
+_WINDOW_COLS = 2**15 * 16
+
 # Generated code goes through few rows at a time, so its blocks fill an L2, not an L1.
 _CODE_BLOCK_COLS = 256
 
@@ -126,6 +129,11 @@ def _suits_many_weights(facts: Facts) -> str:
     return f"is for at least {100 * _BITS_FROM:.0f} % kept weights" if few else ""
 
 
+def _suits_windows(facts: Facts) -> str:
+    wide = _row(facts) > _WINDOW_COLS
+    return f"is for at most {_WINDOW_COLS} weights a row" if wide else ""
+
+
 def _suits_signs(facts: Facts) -> str:
     return "" if facts.one_magnitude else "the weights of a row differ in magnitude"
 
@@ -156,6 +164,7 @@ RULES: dict[str, Rule] = {
     "bsell": Rule(_suits_rows_of_blocks, _rows_of_blocks, pays_below=0.45),
     "sign": Rule(_suits_signs, _sign_slices, pays_below=0.45),
     "bits": Rule(_suits_many_weights, pays_below=0.45),
+    "window": Rule(_suits_windows, pays_below=0.25),
     "bsr_nhwc": Rule(_suits_blocks, _own_blocks),
 }
 _PLAIN = Rule()

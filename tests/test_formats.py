@@ -26,6 +26,7 @@ FORMAT_BLOCKS = [
     *(("tile8", block) for block in (None, (32, 128))),
     *(("sign", block) for block in (None, (2, 5), (1, 1), (16, 16383))),
     ("bits", None),
+    ("window", None),
     ("bitmask", None),
     ("patch8", None),
     *(("bsr_nhwc", block) for block in (None, (2, 3), (16, 16))),

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// What the spmv kernels for bits share: how a row's sum ends.
+// What the spmv kernels for bits and windows share: how a row's sum ends.
 #pragma once
 
 #include "kernels.h"

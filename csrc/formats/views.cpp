@@ -116,6 +116,21 @@ void view_bits(const Parts& parts, const int64_t*, Weight& weight) {
                   kMaskBits, " more than the last row ends at");
 }
 
+void view_window(const Parts& parts, const int64_t*, Weight& weight) {
+  check_format(parts, 5, 3, 2, weight);
+  const int64_t slices = (weight.rows + kWindowLanes - 1) / kWindowLanes;
+  const int64_t steps = parts[2].numel();
+  weight.window = {data_of<int32_t>(parts[0], "slice_steps", ScalarType::Int, slices + 1),
+                   data_of<int32_t>(parts[1], "slice_rows", ScalarType::Int, slices * kWindowLanes),
+                   data_of<uint16_t>(parts[2], "windows", ScalarType::Short, steps),
+                   data_of<uint8_t>(parts[3], "columns", ScalarType::Byte, steps * kWindowLanes),
+                   data_of<float>(parts[4], "values", ScalarType::Float, steps * kWindowLanes),
+                   weight.rows,
+                   weight.cols};
+  STD_TORCH_CHECK(weight.window.slice_steps[slices] == steps, "slice_steps: expected to end at ",
+                  steps);
+}
+
 struct FormatView {
   std::string_view format;
   void (*view)(const Parts& parts, const int64_t* block, Weight& weight);
@@ -123,8 +138,8 @@ struct FormatView {
 
 // A line a format that kernels of the CPU read.
 constexpr FormatView kViews[] = {
-    {"csr", view_csr},     {"bsr", view_bsr},   {"sell", view_sell},
-    {"bsell", view_bsell}, {"sign", view_sign}, {"bits", view_bits},
+    {"csr", view_csr},   {"bsr", view_bsr},   {"sell", view_sell},     {"bsell", view_bsell},
+    {"sign", view_sign}, {"bits", view_bits}, {"window", view_window},
 };
 
 }  // namespace

@@ -28,18 +28,22 @@ inline int64_t stored_values(const SellView& weight) {
   return weight.slice_height * weight.slice_steps[slices];
 }
 
-// The `part`-th of `parts` row ranges with about the same number of stored values in each, within
-// [rows.begin, rows.end).
-inline Range balanced_rows(const SparseView& weight, Range rows, int64_t part, int64_t parts) {
-  const int32_t* crow = weight.crow_indices;
-  const int64_t first = crow[rows.begin];
-  const int64_t count = crow[rows.end] - first;
+// The `part`-th of `parts` ranges with about the same number of entries in each, of runs within
+// [runs.begin, runs.end); run i has the entries from offsets[i] to offsets[i + 1].
+inline Range balanced_runs(const int32_t* offsets, Range runs, int64_t part, int64_t parts) {
+  const int64_t first = offsets[runs.begin];
+  const int64_t count = offsets[runs.end] - first;
   const auto bound = [&](int64_t p) -> int64_t {
-    if (p == 0) return rows.begin;
-    if (p == parts) return rows.end;
-    return std::lower_bound(crow + rows.begin, crow + rows.end, first + count * p / parts) - crow;
+    if (p == 0) return runs.begin;
+    if (p == parts) return runs.end;
+    const int64_t entry = first + count * p / parts;
+    return std::lower_bound(offsets + runs.begin, offsets + runs.end, entry) - offsets;
   };
   return {bound(part), bound(part + 1)};
+}
+
+inline Range balanced_rows(const SparseView& weight, Range rows, int64_t part, int64_t parts) {
+  return balanced_runs(weight.crow_indices, rows, part, parts);
 }
 
 inline Range even_columns(int64_t columns, int64_t part, int64_t parts) {

@@ -3,11 +3,11 @@
 // Lays x out as spmv kernels read it, and shares the sections of the weight out.
 #include "ops/spmv.h"
 
-#include <cstring>
+#include <algorithm>
 #include <vector>
 
-#include "ops/bits.h"
 #include "ops/partition.h"
+#include "ops/spmv_columns.h"
 
 namespace sparselt {
 namespace {
@@ -19,15 +19,17 @@ constexpr int64_t kLeastLanes = 8;
 template <int64_t kLanes>
 void lay_out(const SellView& w, const float* x, Layout layout, int64_t columns, float* to) {
   const int64_t block_floats = (w.block_cols + 1) * kLanes;
+  const bool contiguous = kLanes == 1 && layout.row_stride == 1;
   for (int64_t block = 0; block < w.num_blocks; ++block) {
     const int64_t first = block * w.block_cols;
     const int64_t last = std::min(w.cols, first + w.block_cols);
-    for (int64_t k = first; k < last; ++k, to += kLanes) {
+    for (int64_t k = first; k < last && !contiguous; ++k, to += kLanes) {
       const float* from = x + k * layout.row_stride;
       for (int64_t n = 0; n < kLanes; ++n) {
         to[n] = n < columns ? from[n * layout.column_stride] : 0.0f;
       }
     }
+    if (contiguous) to = std::copy(x + first, x + last, to);
     to += (first + w.block_cols - last) * kLanes;
     for (int64_t n = 0; n < kLanes; ++n) *to++ = 0.0f;
     if (!w.mirrored) continue;
@@ -129,8 +131,8 @@ class SpmvTask final : public Task {
 
 TaskPointer make_spmv_task(const Team& team, const Weight& weight, Layout x_layout, Layout y_layout,
                            int64_t columns, const Epilogue& epilogue) {
-  if (weight.bits.crow_indices) {
-    return make_bits_task(team, weight, x_layout, y_layout, columns, epilogue);
+  if (weight.bits.crow_indices || weight.window.slice_steps) {
+    return make_spmv_columns_task(team, weight, x_layout, y_layout, columns, epilogue);
   }
   return std::make_unique<SpmvTask>(team, weight, x_layout, y_layout, columns, epilogue);
 }

@@ -16,6 +16,7 @@ struct Weight {
   SparseView view;                             // of csr and bsr
   SellView sell;                               // of the sliced formats
   BitsView bits;                               // of bits; all null of others
+  WindowView window;                           // of window; all null of others
   std::shared_ptr<const jit::PanelCode> code;  // what sell.code points into
 };
 

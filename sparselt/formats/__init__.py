@@ -17,6 +17,7 @@ from sparselt.formats.patch8 import Patch8
 from sparselt.formats.sell import SELL
 from sparselt.formats.sign import Sign
 from sparselt.formats.tile8 import Tile8
+from sparselt.formats.window import Window
 
 __all__ = [
     "BSELL",
@@ -31,6 +32,7 @@ __all__ = [
     "Sign",
     "SparseWeight",
     "Tile8",
+    "Window",
     "pack",
 ]
 
@@ -41,6 +43,7 @@ FORMATS: dict[str, type[SparseWeight]] = {
     "bsell": BSELL,
     "sign": Sign,
     "bits": Bits,
+    "window": Window,
     "tile8": Tile8,
     "bitmask": Bitmask,
     "patch8": Patch8,
@@ -65,9 +68,10 @@ def pack(
             convolution; float32, float16 or bfloat16, any strides.
         mask: the same shape, bool or 0/1 valued: what to keep. A kept 0.0 stays stored. None keeps
             every weight that is not 0.
-        format: a key of `FORMATS`. "sell", "bsell", "sign" and "bits" are for the CPU, "sign" for
-            weights of one magnitude a row, "bits" for few columns; "tile8", "bitmask" and "patch8"
-            are for few columns on CUDA, "bsr_nhwc" for convolutions over channels-last maps there.
+        format: a key of `FORMATS`. "sell", "bsell", "sign", "bits" and "window" are for the CPU,
+            "sign" for weights of one magnitude a row, "bits" for few columns, "window" for one;
+            "tile8", "bitmask" and "patch8" are for few columns on CUDA, "bsr_nhwc" for convolutions
+            over channels-last maps there.
         block: (rows, cols) of a block, for "sell", "bsell" and "sign" of a slice and a block of
             columns; None means the format's own, which is (4, 1) for "bsr".
         groups: of the convolution that the weight is for. "sell" and "bsell" keep the rows of each

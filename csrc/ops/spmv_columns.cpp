@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Lays the columns of x out one after the other, as kernels for bits read them, and shares the rows
-// of the weight out.
-#include "ops/bits.h"
+// Lays the columns of x out one after the other, as kernels for bits and windows read them, and
+// shares the weight out: the rows of bits, the slices of windows.
+#include "ops/spmv_columns.h"
 
 #include "ops/partition.h"
 
@@ -12,20 +12,19 @@ namespace {
 // The steps of a row bind, whatever the columns: they count as much work as with so many.
 constexpr int64_t kLeastColumns = 8;
 
-class BitsTask final : public Task {
+class SpmvColumnsTask final : public Task {
  public:
-  BitsTask(const Team& team, const Weight& weight, Layout x_layout, Layout y_layout,
-           int64_t columns, const Epilogue& epilogue)
+  SpmvColumnsTask(const Team& team, const Weight& weight, Layout x_layout, Layout y_layout,
+                  int64_t columns, const Epilogue& epilogue)
       : weight_(weight),
         x_layout_(x_layout),
         y_layout_(y_layout),
         columns_(columns),
         epilogue_(epilogue),
-        x_stride_(whole_lines(weight.cols)),
+        x_stride_(whole_lines(weight.cols) + kWindowLanes),
         laying_parts_(copying_parts(team, columns, x_stride_)) {
-    const int64_t stored = weight.bits.crow_indices[weight.rows];
-    shares_ = team.threads_for(stored * std::max(columns, kLeastColumns));
-    shares_ = std::max<int64_t>(1, std::min(weight.rows, shares_));
+    shares_ = team.threads_for(stored() * std::max(columns, kLeastColumns));
+    shares_ = std::max<int64_t>(1, std::min(sections(), shares_));
   }
 
   int64_t stages() const override { return 2; }
@@ -45,21 +44,39 @@ class BitsTask final : public Task {
                     y_layout_.row_stride,
                     y_layout_.column_stride,
                     epilogue_,
-                    weight_.bits};
+                    weight_.bits,
+                    weight_.window};
       if (operands.residual) {
         call.epilogue.residual = operands.residual + first * y_layout_.column_stride;
       }
-      // A row takes as many steps as any other.
-      weight_.kernel->spmv(call, even_range(weight_.rows, part, shares_));
+      weight_.kernel->spmv(call, share(part));
     }
   }
 
  private:
+  const int32_t* slice_steps() const { return weight_.window.slice_steps; }
+  int64_t sections() const {
+    return slice_steps() ? (weight_.rows + kWindowLanes - 1) / kWindowLanes : weight_.rows;
+  }
+  int64_t stored() const {
+    return slice_steps() ? slice_steps()[sections()] * kWindowLanes
+                         : weight_.bits.crow_indices[weight_.rows];
+  }
+  // A row of bits takes as many steps as any other.
+  Range share(int64_t part) const {
+    if (!slice_steps()) return even_range(sections(), part, shares_);
+    return balanced_runs(slice_steps(), {0, sections()}, part, shares_);
+  }
+
   void lay_out(Range columns, const Operands& operands) const {
     for (int64_t n = columns.begin; n < columns.end; ++n) {
       const float* from = operands.x + n * x_layout_.column_stride;
       float* to = operands.shared + n * x_stride_;
-      for (int64_t k = 0; k < weight_.cols; ++k) to[k] = from[k * x_layout_.row_stride];
+      if (x_layout_.row_stride == 1) {
+        std::copy(from, from + weight_.cols, to);
+      } else {
+        for (int64_t k = 0; k < weight_.cols; ++k) to[k] = from[k * x_layout_.row_stride];
+      }
       std::fill(to + weight_.cols, to + x_stride_, 0.0f);
     }
   }
@@ -76,9 +93,9 @@ class BitsTask final : public Task {
 
 }  // namespace
 
-TaskPointer make_bits_task(const Team& team, const Weight& weight, Layout x_layout, Layout y_layout,
-                           int64_t columns, const Epilogue& epilogue) {
-  return std::make_unique<BitsTask>(team, weight, x_layout, y_layout, columns, epilogue);
+TaskPointer make_spmv_columns_task(const Team& team, const Weight& weight, Layout x_layout,
+                                   Layout y_layout, int64_t columns, const Epilogue& epilogue) {
+  return std::make_unique<SpmvColumnsTask>(team, weight, x_layout, y_layout, columns, epilogue);
 }
 
 }  // namespace sparselt
