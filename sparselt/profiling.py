@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where the time of one run goes: every layer, every other operation, and what lies between them.
 
-The operations of the graph are run and timed one by one. Of several runs the median one is kept
-whole, so that its rows add up to its length.
+Operations are timed one by one, the steps of a native program in passing. Of several runs the
+median one is kept whole, so that its rows add up to its length.
 """
 
 from __future__ import annotations

@@ -234,7 +234,7 @@ void Program::plan_arena() {
   arena_floats_ = own_offset_ + own_floats_ * threads_;
 }
 
-Program::Region Program::make_region(size_t first_step, size_t last_step) const {
+Program::Region Program::make_region(size_t first_step, size_t last_step, bool apart) const {
   Region region;
   for (size_t i = first_step; i < last_step; ++i) {
     const Task& task = *steps_[i].task;
@@ -243,7 +243,8 @@ Program::Region Program::make_region(size_t first_step, size_t last_step) const 
       if (parts == 0) continue;
       const size_t index = region.stages.size();
       region.stages.push_back({i, stage});
-      if (parts == 1 && !region.units.empty() && region.units.back().parts == 1) {
+      const bool joins = !region.units.empty() && region.units.back().parts == 1 && !apart;
+      if (parts == 1 && joins) {
         region.units.back().last = index + 1;
         continue;
       }

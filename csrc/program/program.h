@@ -93,7 +93,8 @@ class Program {
   // all threads; all of them together run the others. The bits are the same.
   void run_each(const std::vector<Samples<const float>>& inputs,
                 const std::vector<Samples<float>>& outputs, int64_t count, bool apart) const;
-  // Step by step on all threads, with the time of each.
+  // The same, with the time of each step: from when its first stage may begin until the next
+  // step's may.
   std::vector<Span> run_watched(const std::vector<const float*>& inputs,
                                 const std::vector<float*>& outputs) const;
 
@@ -152,16 +153,18 @@ class Program {
   void lay_out_panels();
   void share_in_place();
   void plan_arena();
-  Region make_region(size_t first_step, size_t last_step) const;
+  // Of some tasks; with `apart`, each stage is a unit of its own.
+  Region make_region(size_t first_step, size_t last_step, bool apart = false) const;
   void bind(Context& context, const std::vector<const float*>& inputs,
             const std::vector<float*>& outputs) const;
   float* place_of(const Context& context, int64_t value) const;
   void run_torch(Context& context, size_t step) const;
   void run_part(const Context& context, const Region& region, const Unit& unit, int64_t part,
                 int64_t slot) const;
-  void run_region(Context& context, const Region& region, bool parallel) const;
+  void run_region(Context& context, const Region& region, bool parallel,
+                  int64_t* begins = nullptr) const;
   void run_steps(Context& context, bool parallel) const;
-  void work(Context& context, const Region& region, int64_t slot) const;
+  void work(Context& context, const Region& region, int64_t slot, int64_t* begins) const;
 
   const int64_t threads_;
   const std::shared_ptr<ArenaPool> pool_;

@@ -79,7 +79,10 @@ std::unique_ptr<Program::Context> Program::new_context() const {
   context->places.resize(values_.size());
   context->results.resize(values_.size());
   int64_t most = 0;
-  for (const Region& region : regions_) most = std::max(most, region.parts);
+  for (const Region& region : regions_) {
+    // Watched, stages of one part each are units of their own.
+    most = std::max(most, region.parts + static_cast<int64_t>(region.stages.size()));
+  }
   context->claims = std::make_unique<std::atomic<uint32_t>[]>(static_cast<size_t>(most));
   return context;
 }
@@ -127,10 +130,11 @@ void Program::run_part(const Context& context, const Region& region, const Unit&
   }
 }
 
-// One thread's way through a region.
-void Program::work(Context& context, const Region& region, int64_t slot) const {
+// One thread's way through a region. The first thread notes when each unit begins, if `begins`.
+void Program::work(Context& context, const Region& region, int64_t slot, int64_t* begins) const {
   for (const Unit& unit : region.units) {
     wait_until(context.done, unit.parts_before);
+    if (begins && slot == 0) *begins++ = now();
     for (int64_t i = 0; i < unit.parts; ++i) {
       const int64_t part = (slot + i) % unit.parts;
       std::atomic<uint32_t>& claim = context.claims[static_cast<size_t>(unit.parts_before + part)];
@@ -142,9 +146,11 @@ void Program::work(Context& context, const Region& region, int64_t slot) const {
   }
 }
 
-void Program::run_region(Context& context, const Region& region, bool parallel) const {
+void Program::run_region(Context& context, const Region& region, bool parallel,
+                         int64_t* begins) const {
   if (threads_ == 1 || !parallel || !region.has_parts()) {
     for (const Unit& unit : region.units) {
+      if (begins) *begins++ = now();
       for (int64_t part = 0; part < unit.parts; ++part) run_part(context, region, unit, part, 0);
     }
     return;
@@ -152,7 +158,7 @@ void Program::run_region(Context& context, const Region& region, bool parallel) 
   ++context.region;
   context.done.store(0, std::memory_order_relaxed);
   torch::stable::parallel_for(0, threads_, 1,
-                              [&](int64_t slot, int64_t) { work(context, region, slot); });
+                              [&](int64_t slot, int64_t) { work(context, region, slot, begins); });
 }
 
 void Program::run_steps(Context& context, bool parallel) const {
@@ -203,21 +209,35 @@ std::vector<Span> Program::run_watched(const std::vector<const float*>& inputs,
   const Loan loan(*this);
   Context& context = *loan;
   bind(context, inputs, outputs);
-  std::vector<Region> regions;
-  for (size_t i = 0; i < steps_.size(); ++i) {
-    regions.push_back(steps_[i].task ? make_region(i, i + 1) : Region{});
-  }
-  std::vector<Span> spans;
   const int64_t begin = now();
-  for (size_t i = 0; i < steps_.size(); ++i) {
-    const int64_t step_begin = now();
-    if (steps_[i].task) {
-      run_region(context, regions[i], parallel_);
-    } else {
-      run_torch(context, i);
+  std::vector<Span> spans;
+  const auto watch_region = [&](size_t first, size_t last) {
+    const Region region = make_region(first, last, true);
+    std::vector<int64_t> begins(region.units.size());
+    run_region(context, region, parallel_, begins.data());
+    // A step lasts until the next one begins; one without parts takes no time.
+    std::vector<Span> reversed;
+    int64_t end = now();
+    size_t unit = region.units.size();
+    for (size_t step = last; step-- > first;) {
+      int64_t step_begin = end;
+      for (; unit > 0 && region.stages[region.units[unit - 1].first].step == step; --unit) {
+        step_begin = begins[unit - 1];
+      }
+      reversed.push_back({step_begin - begin, end - begin});
+      end = step_begin;
     }
-    spans.push_back({step_begin - begin, now() - begin});
+    spans.insert(spans.end(), reversed.rbegin(), reversed.rend());
+  };
+  size_t first = 0;
+  for (const size_t call : calls_) {
+    watch_region(first, call);
+    const int64_t call_begin = now();
+    run_torch(context, call);
+    spans.push_back({call_begin - begin, now() - begin});
+    first = call + 1;
   }
+  watch_region(first, steps_.size());
   return spans;
 }
 
