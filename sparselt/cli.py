@@ -24,6 +24,15 @@ __all__ = ["main", "parser"]
 _DESCRIPTION = (
     "Finds winning lottery tickets, and runs them fast: sparse kernels and formats for PyTorch."
 )
+_ONLY = "cases by parts of their names, as vgg19@64 or layer3"
+# What `bench` measures case by case: each is a module of `sparselt.measure` with a SWEEP.
+_SWEEPS = {
+    "dlmc": "time DLMC's layers with our own choice, cold, and in a program",
+    "choice": "look for layers that are slower than dense with our own choice",
+    "blocks": "time layers whose zeros come in blocks of output channels",
+    "vector": "time linear layers at batch 1 against the memory's rate",
+    "batches": "look for batch sizes at which the time per image jumps",
+}
 _EXIT_FAILED, _EXIT_USAGE, _EXIT_STOPPED = 1, 2, 130
 
 
@@ -152,7 +161,6 @@ def _bench(commands: Any) -> None:
     model.add_argument("--rounds", type=_positive, help="turns (default: 10; of the table 8)")
     table = model.add_argument_group("all: every network, batch and share of zeros")
     table.add_argument("--check", action="store_true", help="no times: errors against float64")
-    table.add_argument("--resume", action="store_true", help="go on with what --json FILE holds")
     layers = _command(
         kinds, "layers", _run_bench_layers, "time the layers of a known network, kernel by kernel"
     )
@@ -161,10 +169,15 @@ def _bench(commands: Any) -> None:
         kinds, "kernel", _run_bench_kernel, "time every kernel on one product y = W x"
     )
     kernel.add_argument("--shape", default="512x512x784", metavar="MxKxN", help="%(default)s")
-    dlmc = _command(kinds, "dlmc", _run_bench_dlmc, "time DLMC's layers with our own choice, cold")
-    for group, some in ((table, "vgg19 or vgg19@64"), (dlmc, "layer3 or transformer")):
-        group.add_argument("--only", nargs="+", default=[], metavar="NAME", help=f"as {some}")
-        group.add_argument("--quick", action="store_true", help="one share of zeros, in a hurry")
+    groups: list[Any] = [table]
+    for kind, text in _SWEEPS.items():
+        groups.append(_command(kinds, kind, _run_bench_sweep, text))
+        groups[-1].set_defaults(kind=kind)
+        _threads(groups[-1])
+    for group in groups:
+        group.add_argument("--only", nargs="+", default=[], metavar="NAME", help=_ONLY)
+        group.add_argument("--quick", action="store_true", help="fewer cases, in a hurry")
+        group.add_argument("--resume", action="store_true", help="go on with --json FILE")
     for command in (layers, kernel):
         command.add_argument("--density", type=float, nargs="+", default=[0.1], metavar="D")
         command.add_argument("--batch", type=_positive, default=1, metavar="N")
@@ -217,15 +230,6 @@ def _show(*parts: RenderableType, least_width: int = 0) -> None:
 def _status() -> Iterator[Callable[[str], None]]:
     with _console(stderr=True).status("starting") as status:
         yield lambda text: status.update(text)
-
-
-@contextmanager
-def _bar(total: float) -> Iterator[Callable[[float, str], None]]:
-    from rich.progress import Progress
-
-    with Progress(console=_console(stderr=True)) as bar:
-        task = bar.add_task("starting", total=total)
-        yield lambda done, text: bar.update(task, completed=done, description=text)
 
 
 def _keep(arguments: argparse.Namespace, result: dict[str, Any]) -> None:
@@ -354,13 +358,12 @@ def _time_layers(arguments: argparse.Namespace, layers: Sequence[Layer]) -> int:
     return _failed(result)
 
 
-def _run_bench_dlmc(arguments: argparse.Namespace) -> int:
-    from sparselt.measure import dlmc
+def _run_bench_sweep(arguments: argparse.Namespace) -> int:
+    from sparselt.measure import command
 
-    with _bar(1.0) as bar:
-        found = dlmc.chosen_layers(arguments.only), *dlmc.GRIDS[arguments.quick]
-        result = dlmc.bench_dlmc(*found, path=arguments.json, progress=bar)
-    _show(dlmc.dlmc_table(result), least_width=110)
+    _set_threads(arguments)
+    result, table = command.time_sweep(arguments)
+    _show(table, least_width=130)
     return _failed(result)
 
 

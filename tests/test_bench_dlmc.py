@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from sparselt import cli, extension, ops
-from sparselt.errors import OptionError
-from sparselt.measure import dlmc
+from sparselt.measure import chosen, dlmc
 from sparselt.measure.report import write_text
 from sparselt.measure.suites import DLMC, Layer, real_mask
+from sparselt.measure.sweep import Sweep, run_sweep
 
 SMALL = (
     Layer("small.layer1.conv1", 32, 48, columns=60),
@@ -27,96 +27,122 @@ SMALL = (
 
 @pytest.fixture(autouse=True)
 def one_round(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dlmc, "_REPEATS", 5)
+    for name in ("_REPEATS", "_BATCH_REPEATS"):
+        monkeypatch.setattr(chosen, name, 5)
+    monkeypatch.setattr(chosen, "_SECONDS", 0.0)
 
 
 def bench(layers: tuple[Layer, ...] = SMALL, **options: Any) -> dict[str, Any]:
-    grid = {"densities": (0.2,), "batches": (1,), "threads": (2,), "seconds": 0.0} | options
-    return dlmc.bench_dlmc(layers, **grid)
+    grid = {"densities": (0.2,), "batches": (1,), "counts": (1,)} | options
+    path = grid.pop("path", None)
+    made = Sweep("dlmc", lambda quick: dlmc.dlmc_items(quick, layers, **grid), dlmc.dlmc_table)
+    return run_sweep(made, path=path)
 
 
-def test_a_row_holds_the_choice_and_what_it_is_held_against(tmp_path: Path) -> None:
-    torch.set_num_threads(1)
-    result = bench(path=tmp_path / "kept.json", threads=(2, 1), batches=(1, 2))
-    assert torch.get_num_threads() == 1
+def fix_choice(monkeypatch: pytest.MonkeyPatch, wanted: str) -> None:
+    """Has every layer run a kernel whose name begins so."""
+    faked = lambda calls, **_: {c: 2.0 - c.startswith(wanted) for c in calls}  # noqa: E731
+    monkeypatch.setattr(chosen, "measure", faked)
+    monkeypatch.setattr("sparselt.tune.measure", faked)
+
+
+def test_a_row_holds_the_choice_and_what_it_is_held_against(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fix_choice(monkeypatch, "sell_panel")
+    torch.set_num_threads(2)
+    result = bench(path=tmp_path / "kept.json", counts=(1,), batches=(1, 2))
+    assert torch.get_num_threads() == 2
     rows = result["rows"]
     # A matrix of im2col is made for one image only.
-    assert [(row["part"], row["batch"]) for row in rows[::2]] == [
-        ("spmm 1x1", 1),
-        ("spmm 3x3 (im2col)", 1),
-        ("conv2d 3x3", 1),
-        ("spmm 1x1", 2),
-        ("conv2d 3x3", 2),
+    assert [(row["part"], row["batch"]) for row in rows] == [
+        ("1x1 spmm", 1),
+        ("3x3 spmm of im2col", 1),
+        ("3x3 conv2d", 1),
+        ("3x3 in a program", 1),
+        ("1x1 spmm", 2),
+        ("3x3 conv2d", 2),
+        ("3x3 in a program", 2),
     ]
-    known = {kernel.name for kernel in ops.kernels() if kernel.usable} | {"dense"}
     for row in rows:
         assert row["status"] == "ok"
         assert row["pattern"] == "random"
-        assert row["kernel"] in known
+        assert row["kernel"].startswith("sell_panel")
+        assert row["threads"] == 1
         assert row["speedup"] == row["dense_us"][row["best_dense"]] / row["median_us"]
         assert row["best_dense"] == min(row["dense_us"], key=row["dense_us"].__getitem__)
-        assert (row["csr_us"] is None) == (row["part"] == "conv2d 3x3")
-        assert row["share"] == row["gflops"] / result["peaks"][str(row["threads"])]
+        assert (row["csr_us"] is None) == (row["op"] == "conv2d")
+        assert math.isclose(row["share"], row["gflops"] / chosen.peak(row["threads"]))
     first = rows[0]
     flops = 2 * round(0.2 * 32 * 48) * 60
     assert math.isclose(first["gflops"], flops / first["median_us"] / 1e3)
     kept = json.loads((tmp_path / "kept.json").read_text())
     assert kept["rows"] == rows
-    assert kept["machine"]["threads"] == 2
+
+
+@pytest.mark.parametrize("wanted", ["sell_panel", "csr", "dense"])
+def test_a_layer_in_a_program_has_its_values_in_panels_where_its_kernel_runs_them(
+    monkeypatch: pytest.MonkeyPatch, wanted: str
+) -> None:
+    fix_choice(monkeypatch, wanted)
+    layers = (
+        Layer("small.conv1", 20, 40, kernel=1, size=6),
+        Layer("transformer.small", 20, 40, columns=18),
+    )
+    rows = [row for row in bench(layers, batches=(2,))["rows"] if row["way"] == "program"]
+    assert [row["part"] for row in rows] == ["1x1 in a program", "transformer in a program"]
+    for row in rows:
+        assert row["status"] == "ok"
+        assert row["kernel"].startswith(wanted)
+        assert row["in_panels"] == (2 if wanted == "sell_panel" else 0)
 
 
 def test_a_layer_that_does_not_gain_is_timed_dense(monkeypatch: pytest.MonkeyPatch) -> None:
-    slow = lambda calls, **_: {name: 1.0 + (name != "dense") for name in calls}  # noqa: E731
-    monkeypatch.setattr(dlmc, "measure", slow)
-    monkeypatch.setattr("sparselt.tune.measure", slow)
+    fix_choice(monkeypatch, "dense")
     assert {row["kernel"] for row in bench()["rows"]} == {"dense"}
 
 
 def test_a_wrong_output_fails_and_gets_no_figure(monkeypatch: pytest.MonkeyPatch) -> None:
     right = ops.spmm
-    fast = lambda calls, **_: {name: 1.0 + (name == "dense") for name in calls}  # noqa: E731
-    monkeypatch.setattr(dlmc, "measure", fast)
-    monkeypatch.setattr(dlmc.ops, "spmm", lambda *a, **k: right(*a, **k) + 1e-3)
+    fix_choice(monkeypatch, "sell_panel")
+    monkeypatch.setattr(chosen.ops, "spmm", lambda *a, **k: right(*a, **k) + 1e-3)
     row = bench(SMALL[:1])["rows"][0]
     assert row["status"] == "FAIL"
-    assert "sparselt" in row["reason"]
+    assert row["reason"] == "wrong output: call@0.2"
     assert "median_us" not in row
 
 
 def test_the_means_are_geometric_and_slow_layers_are_named() -> None:
     common = {"batch": 1, "threads": 2, "density": 0.1, "status": "ok", "pattern": "random"}
+    common |= {"busy_cores": 0.0, "layer": "small.conv1", "median_us": 10.0}
     rows = [
-        {"case": "a", "part": "spmm 1x1", "gflops": 10.0, "share": 0.1, "speedup": 8.0, **common},
-        {"case": "b", "part": "spmm 1x1", "gflops": 40.0, "share": 0.4, "speedup": 0.5, **common},
+        {"case": "a", "part": "1x1 spmm", "op": "spmm", "way": "call"}
+        | {"gflops": 10.0, "share": 0.1, "speedup": 8.0, "csr_us": 30.0},
+        {"case": "b", "part": "3x3 spmm of im2col", "op": "spmm", "way": "call"}
+        | {"gflops": 40.0, "share": 0.4, "speedup": 0.5, "csr_us": 50.0, "layer": "small.conv2"},
+        {"case": "c", "part": "1x1 in a program", "op": "conv2d", "way": "program"}
+        | {"gflops": 40.0, "share": 0.4, "speedup": 2.0, "csr_us": None, "median_us": 5.0},
     ]
-    for row, csr_us in zip(rows, (30.0, None), strict=True):
-        row |= {"csr_us": csr_us, "median_us": 10.0, "busy_cores": 0.0}
+    rows = [common | row for row in rows]
     machine = {"cpu": "C", "threads": 2, "isa": "avx2", "versions": {}}
     result = {"rows": rows, "machine": machine, "peaks": {"2": 100.0}}
-    summary = dlmc.dlmc_summary(result)
-    assert [line["part"] for line in summary] == ["all spmm", "spmm 1x1"]
-    for line in summary:
-        assert math.isclose(line["gflops"], 20.0)
-        assert math.isclose(line["share"], 0.2)
-        assert math.isclose(line["speedup"], 2.0)
-        assert math.isclose(line["csr"], 3.0)
-        assert (line["least"], line["layers"]) == (0.5, 2)
+    summary = {line["part"]: line for line in dlmc.dlmc_summary(result)}
+    assert set(summary) == {
+        *("1x1 in a program", "1x1 spmm", "3x3 spmm of im2col"),
+        *("resnet50", "resnet50 in a program"),
+    }
+    line = summary["resnet50"]
+    assert math.isclose(line["gflops"], 20.0)
+    assert math.isclose(line["share"], 0.2)
+    assert math.isclose(line["speedup"], 2.0)
+    assert math.isclose(line["csr"], math.sqrt(15.0))
+    assert (line["least"], line["least_csr"], line["layers"]) == (0.5, 3.0, 2)
+    # Held against the product of the same layer.
+    assert summary["1x1 in a program"]["csr"] == 6.0
     caption = str(dlmc.dlmc_table(result).caption)
     assert "b at 90%, batch 1: 0.50" in caption
     assert "a at 90%" not in caption
-    assert "2 cases have random zeros" in caption
-
-
-def test_words_choose_layers_and_an_unknown_one_is_refused() -> None:
-    assert dlmc.chosen_layers() == DLMC
-    assert {layer.name for layer in dlmc.chosen_layers(["ffn"])} == {
-        "transformer.ffn1",
-        "transformer.ffn2",
-    }
-    with pytest.raises(OptionError, match=r"--only: expected parts of .*got layer9"):
-        dlmc.chosen_layers(["layer9"])
-    with pytest.raises(OptionError, match="batches and threads of at least 1"):
-        bench(threads=(0,))
+    assert "3 cases have random zeros" in caption
 
 
 @pytest.mark.skipif(
@@ -145,11 +171,12 @@ def test_masks_of_the_transformer_are_read_from_their_files(tmp_path: Path) -> N
 def test_the_command_prints_and_keeps_the_result(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(dlmc, "DLMC", SMALL)
+    made = Sweep("dlmc", lambda quick: dlmc.dlmc_items(quick, SMALL), dlmc.dlmc_table, dlmc._peaks)
+    monkeypatch.setattr(dlmc, "SWEEP", made)
     words = ["bench", "dlmc", "--quick", "--only", "conv2", "--json", str(tmp_path / "r.json")]
     assert cli.main(words) == 0
-    assert "conv2d 3x3 (1)" in capsys.readouterr().out
-    assert len(json.loads((tmp_path / "r.json").read_text())["rows"]) == 2
+    assert "3x3 in a program (1)" in capsys.readouterr().out
+    assert len(json.loads((tmp_path / "r.json").read_text())["rows"]) == 3
 
 
 def test_the_machines_rates_are_those_of_the_threads_and_the_instruction_set() -> None:

@@ -14,10 +14,10 @@ from rich.progress import Progress
 from rich.table import Table
 
 import sparselt
-from sparselt.measure import accuracy, model, networks, report, table
+from sparselt.measure import accuracy, model, networks, report, sweep, table
 from sparselt.measure.machine import header, one_line
 
-__all__ = ["check_all", "profile", "time_all", "time_one"]
+__all__ = ["check_all", "profile", "time_all", "time_one", "time_sweep"]
 
 Tell = Callable[[str], None]
 
@@ -63,7 +63,7 @@ def time_one(
 
 
 @contextmanager
-def _bar(total: int) -> Iterator[Callable[[int, str], None]]:
+def _bar(total: float) -> Iterator[Callable[[float, str], None]]:
     with Progress(console=Console(stderr=True)) as bar:
         task = bar.add_task("starting", total=total)
         yield lambda done, text: bar.update(task, completed=done, description=text)
@@ -84,6 +84,17 @@ def time_all(arguments: argparse.Namespace) -> tuple[dict[str, Any], Table]:
         )
     caption = "\n".join([*table.absent(result), one_line(result["machine"])])
     return result, report.rich_table("", table.TABLE_COLUMNS, table.summary(result), caption)
+
+
+def time_sweep(arguments: argparse.Namespace) -> tuple[dict[str, Any], Table]:
+    """Time the cases of a sweep that the arguments choose; the result and its table."""
+    found = sweep.sweep(arguments.kind)
+    options = {"quick": arguments.quick, "resume": arguments.resume}
+    with _bar(1.0) as progress:
+        result = sweep.run_sweep(
+            found, arguments.only, path=arguments.json, progress=progress, **options
+        )
+    return result, found.table(result)
 
 
 def check_all(arguments: argparse.Namespace) -> tuple[dict[str, Any], Table]:

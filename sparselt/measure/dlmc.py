@@ -1,348 +1,173 @@
 # SPDX-License-Identifier: Apache-2.0
 """The layers of DLMC, each with the kernel that the library chooses, against the best dense engine.
 
-Each layer runs at its own map size, as a product of row-major matrices and as a convolution. The
-choice is `Tuner`'s, as in `convert` and `compile`: nothing here picks a winner afterwards. Before
-each timed call the second-level caches are filled with something else, then the input is read:
-weights are cold, activations are as the layer before leaves them. Outputs are checked against
-float64, large ones in part.
+Each layer runs at its own map size: as a product of row-major matrices, as a convolution or linear
+layer, and as a compiled program holds it, in the middle of a program whose values are in panels
+wherever its kernel can have them so. See `chosen` for how a layer is timed.
 """
 
 from __future__ import annotations
 
 import math
-import os
-import time
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
-
-from sparselt import ops
-from sparselt.cpu_timer import measure
-from sparselt.errors import OptionError
-from sparselt.extension import multiply_add_rate
-from sparselt.formats import pack
-from sparselt.measure.layers import SPIN_SECONDS, apply_dense, equal_numpy_threads
-from sparselt.measure.machine import Others, header, is_busy, one_line
-from sparselt.measure.report import Column, rich_table, write_json
-from sparselt.measure.suites import DLMC, Layer, random_mask, real_mask
-from sparselt.measure.timer import Timing, interleave
-from sparselt.nn import SPARSE_LAYERS
-from sparselt.plan import DENSE, Facts, Plan, candidates, choose
-from sparselt.tune import Tuner
+from sparselt.measure.chosen import CALL, PROGRAM, bench_work, peak, weights_of, work_on
+from sparselt.measure.report import Column, rich_table
+from sparselt.measure.suites import DLMC, Layer
+from sparselt.measure.sweep import Item, Row, Sweep, caption, threads, timed
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["GRIDS", "bench_dlmc", "chosen_layers", "dlmc_summary", "dlmc_table"]
+__all__ = ["SWEEP", "dlmc_items", "dlmc_summary", "dlmc_table", "geometric_mean", "slower"]
 
-Grid: TypeAlias = tuple[tuple[float, ...], tuple[int, ...], tuple[int, ...]]
-# Densities, batches and numbers of threads: of everything, and of a quick look.
-GRIDS: tuple[Grid, Grid] = (((0.2, 0.1, 0.05), (1, 32), (1, 2)), ((0.1,), (1,), (2,)))
-_REPEATS = 20
-_CHECKED_COLUMNS = 64
+_DENSITIES = (0.2, 0.1, 0.05)
+_BATCHES = (1, 16, 32)
+_THREADS = (2, 1)
+# On one thread, and of torch's slow CSR product, smaller batches tell enough.
+_LARGEST_IN_PART = 16
 # A matrix of im2col for a batch would be larger than everything else together; no library makes it.
 _IM2COL_BATCH = 1
+_SLOWER = 0.95
 
 
-@dataclass(frozen=True)
-class _Work:
-    """A layer at a batch: its kind and its input."""
-
-    layer: Layer
-    op: str
-    x: Tensor
-
-    @property
-    def part(self) -> str:
-        """The group of layers that it counts in."""
-        if self.layer.kernel:
-            return f"conv2d {self.layer.kernel}x{self.layer.kernel}"
-        if self.layer.name.startswith("transformer"):
-            return "spmm transformer"
-        return "spmm 3x3 (im2col)" if self.layer.name.endswith("conv2") else "spmm 1x1"
-
-    @property
-    def columns(self) -> int:
-        """N of the product: output pixels of all images; the layers here keep the map's size."""
-        return self.x.numel() // self.layer.cols
-
-
-def chosen_layers(only: Sequence[str] = ()) -> tuple[Layer, ...]:
-    """The suite's layers whose name or part contains one of the given words; all without words.
-
-    Raises:
-        OptionError: no layer is left.
-
-    Example:
-        >>> {layer.kernel for layer in chosen_layers(["conv2"])}
-        {0, 3}
-    """
-    found = tuple(x for x in DLMC if not only or any(word in x.case for word in only))
-    if not found:
-        names = ", ".join(sorted({layer.name for layer in DLMC}))
-        raise OptionError(f"--only: expected parts of {names}, got {' '.join(only)}")
-    return found
-
-
-def bench_dlmc(
+def dlmc_items(
+    quick: bool = False,
     layers: Sequence[Layer] = DLMC,
-    densities: Sequence[float] = GRIDS[0][0],
-    batches: Sequence[int] = GRIDS[0][1],
-    threads: Sequence[int] = GRIDS[0][2],
-    *,
-    seconds: float = 0.005,
-    path: str | Path | None = None,
-    progress: Callable[[float, str], None] | None = None,
-) -> dict[str, Any]:
-    """Times every layer at every density, batch and number of threads.
+    densities: Sequence[float] = _DENSITIES,
+    batches: Sequence[int] = _BATCHES,
+    counts: Sequence[int] = _THREADS,
+) -> list[Item]:
+    """A measurement for each layer, batch and number of threads.
 
     Args:
-        layers: see `chosen_layers`.
+        quick: the middle density, one image, and the first number of threads only.
+        layers: products and convolutions.
         densities: shares of kept weights; DLMC has 0.2, 0.1 and 0.05.
         batches: images, or sequences of 128 tokens.
-        threads: numbers of torch's threads.
-        seconds: least measured time of each engine on each case.
-        path: a file to keep the rows in, written after each layer and batch.
-        progress: called with the share that is done (0 to 1) and the layer that is timed next.
-
-    Returns:
-        {"kind": "dlmc", "machine": header, "peaks": GFLOP/s by number of threads, "rows": one
-        dictionary a case}; a wrong output has status "FAIL" and no times.
-
-    Raises:
-        OptionError: no layers, densities, batches or threads, or any of them out of range.
+        counts: numbers of torch's threads.
     """
-    sizes = (*batches, *threads)
-    if not layers or not densities or min(sizes, default=0) < 1 or not batches or not threads:
-        raise OptionError(
-            "bench_dlmc: expected layers, densities, and batches and threads of at least 1, got "
-            f"{len(layers)} layers, {densities}, {batches}, {threads}"
-        )
-    peaks: dict[int, float] = {}
-    for count in threads:
-        with _threads(count):
-            peaks[count] = multiply_add_rate()
-    result: dict[str, Any] = {
-        "kind": "dlmc",
-        "machine": header() | {"threads": max(threads)},
-        "peaks": {str(count): peak for count, peak in peaks.items()},
-        "rows": [],
-    }
-    works = [(layer, batch) for batch in batches for layer in layers if _is_made(layer, batch)]
-    for done, (layer, batch) in enumerate(works):
-        others = Others([os.getpid()])
-        if progress is not None:
-            progress(done / len(works), f"{layer.case}, batch {batch}")
-        work = _work(layer, batch)
-        for density in densities:
-            weight, mask, pattern = _weight(layer, density)
-            for count in threads:
-                with _threads(count):
-                    row = _bench(work, weight, mask, seconds, peaks[count])
-                about = {"density": density, "pattern": pattern, "batch": batch, "threads": count}
-                result["rows"].append({"case": layer.case, "part": work.part, **about, **row})
-        busy = others.cores()
-        for row in result["rows"][-len(densities) * len(threads) :]:
-            row["busy_cores"] = busy
-        if path is not None:
-            write_json(path, result)
-    if progress is not None:
-        progress(1.0, "done")
-    return result
+    if quick:
+        densities, batches, counts = densities[len(densities) // 2 :][:1], (1,), counts[:1]
+    items = []
+    for count in counts:
+        for batch in batches:
+            if count == 1 and batch > _LARGEST_IN_PART:
+                continue
+            for layer in layers:
+                for op in _operations(layer, batch):
+                    name = f"{layer.case}{' linear' * (op == 'linear')}, batch {batch}"
+                    run = partial(_bench, layer, op, batch, count, densities)
+                    items.append(Item(f"{name}, threads {count}", run))
+    return items
 
 
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def _is_made(layer: Layer, batch: int) -> bool:
-    return layer.kernel > 0 or not layer.name.endswith("conv2") or batch <= _IM2COL_BATCH
-
-
-def _work(layer: Layer, batch: int) -> _Work:
-    generator = torch.Generator().manual_seed(1)
+def _operations(layer: Layer, batch: int) -> tuple[str, ...]:
     if layer.kernel:
-        shape: tuple[int, ...] = (batch, layer.cols, layer.size, layer.size)
-    else:
-        shape = (layer.cols, layer.columns * batch)
-    x = torch.randn(shape, generator=generator)
-    return _Work(layer, "conv2d" if layer.kernel else "spmm", x)
+        return ("conv2d",)
+    if layer.name.startswith("transformer"):
+        return ("spmm", "linear")
+    return ("spmm",) * (not layer.name.endswith("conv2") or batch <= _IM2COL_BATCH)
 
 
-def _weight(layer: Layer, density: float) -> tuple[Tensor, Tensor, str]:
-    """Values, mask, and whether the mask is a pruned network's or random."""
-    shape = (layer.rows, layer.cols) + (layer.kernel, layer.kernel) * bool(layer.kernel)
-    found = real_mask(layer, density)
-    mask = random_mask(shape, density) if found is None else found.reshape(shape)
-    values = torch.randn(shape, generator=torch.Generator().manual_seed(2))
-    return values * mask, mask, "random" if found is None else "pruned"
+def _bench(layer: Layer, op: str, batch: int, count: int, densities: Sequence[float]) -> list[Row]:
+    ways = {"conv2d": (CALL, PROGRAM), "linear": (PROGRAM,), "spmm": (CALL,)}[op]
+    weights = [weights_of(layer, density) for density in densities]
+    csr = op == "spmm" and batch <= _LARGEST_IN_PART
+    with threads(count):
+        rows = bench_work(work_on(layer, batch, op), weights, ways, csr=csr)
+    return [row | {"part": _part(layer, op, row["way"])} for row in rows]
 
 
-def _bench(
-    work: _Work, weight: Tensor, mask: Tensor, seconds: float, peak: float
-) -> dict[str, Any]:
-    """One row: the library's choice against everything else."""
-    tuner = Tuner(weight_bytes=1 << 60)  # of a network that fits no cache
-    select = _choose_conv if work.layer.kernel else _choose_product
-    plan, chosen = select(tuner, work, weight, mask)
-    with torch.inference_mode():
-        engines = dict(_dense_engines(work, weight))
-        runs = {"sparselt": chosen or engines["torch_dense"], **engines}
-        if work.op == "spmm":
-            runs["torch_csr"] = _csr_engine(work, weight)
-        row: dict[str, Any] = {"engine": "sparselt", "kernel": plan.kernel, "status": "ok"}
-        wrong = [name for name, run in runs.items() if not _is_right(work, weight, run())]
-        if wrong:
-            return row | {"status": "FAIL", "reason": f"wrong output: {', '.join(wrong)}"}
-        times = _times(work, weight, runs, tuner.cool(work.x), seconds)
-    dense = {name: times[name].median_us for name in times if name not in ("sparselt", "torch_csr")}
-    best = min(dense, key=dense.__getitem__)
-    own = times["sparselt"]
-    gflops = 2e-3 * int(mask.sum()) * work.columns / own.median_us
-    return row | {
-        "kept": int(mask.sum()) / mask.numel(),
-        "median_us": own.median_us,
-        "noise": own.noise,
-        "gflops": gflops,
-        "share": gflops / peak,
-        "dense_us": dense,
-        "best_dense": best,
-        "speedup": dense[best] / own.median_us,
-        "csr_us": times["torch_csr"].median_us if "torch_csr" in times else None,
-    }
-
-
-def _choose_conv(
-    tuner: Tuner, work: _Work, weight: Tensor, mask: Tensor
-) -> tuple[Plan, Callable[[], object] | None]:
-    """The plan that `convert` makes, and its call; None where the layer stays dense."""
-    layer = work.layer
-    module = nn.Conv2d(
-        layer.cols, layer.rows, layer.kernel, layer.stride, layer.kernel // 2, bias=False
+def _part(layer: Layer, op: str, way: str) -> str:
+    """The group of layers that a row counts in."""
+    if layer.name.startswith("transformer"):
+        return "transformer in a program" if way == PROGRAM else "transformer spmm"
+    size = layer.kernel or (3 if layer.name.endswith("conv2") else 1)
+    kind = (
+        "in a program" if way == PROGRAM else op if layer.kernel or size == 1 else "spmm of im2col"
     )
-    module.weight.data = weight
-    plan = tuner.plan(module, mask, [work.x])
-    if plan.is_dense:
-        return plan, None
-    sparse = SPARSE_LAYERS[nn.Conv2d](module, plan, mask)
-    return plan, lambda: sparse(work.x)
+    return f"{size}x{size} {kind}"
 
 
-def _choose_product(
-    tuner: Tuner, work: _Work, weight: Tensor, mask: Tensor
-) -> tuple[Plan, Callable[[], object] | None]:
-    """The same for y = W x, which no layer of torch computes."""
-    facts = Facts("spmm", tuple(weight.shape), int(mask.sum()), work.columns)
-    kernels = ops.kernels()
-    calls: dict[str, Callable[[], object]] = {DENSE: lambda: weight @ work.x}
-    for item in tuner.worth_timing(candidates(facts, kernels), kernels):
-        packed = pack(weight, mask, item.format, None if item.block == (1, 1) else item.block)
-        calls[item.kernel] = partial(ops.spmm, packed, work.x, kernel=item.kernel)
-    plan = choose(facts, kernels, measure(calls, prepare=tuner.cool(work.x)))
-    return plan, None if plan.is_dense else calls[plan.kernel]
+def _peaks() -> dict[str, Any]:
+    found = {}
+    for count in _THREADS:
+        with threads(count):
+            found[str(count)] = peak(count)
+    return {"peaks": found}
 
 
-def _dense_engines(work: _Work, weight: Tensor) -> Iterator[tuple[str, Callable[[], Any]]]:
-    x, layer = work.x, work.layer
-    yield "torch_dense", lambda: apply_dense(work.op, layer, weight, x)
-    if work.op == "spmm":
-        return
-    last = torch.channels_last
-    w, z = weight.contiguous(memory_format=last), x.contiguous(memory_format=last)
-    yield "torch_channels_last", lambda: apply_dense(work.op, layer, w, z)
-    if torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
-        # oneDNN's own layout for weights, input and output: what a network in it would meet.
-        geometry = [layer.kernel // 2] * 2, [layer.stride] * 2, [1, 1], 1
-        reordered = torch._C._nn.mkldnn_reorder_conv2d_weight(weight.to_mkldnn(), *geometry)
-        blocked = x.to_mkldnn()
-        yield "torch_mkldnn", lambda: apply_dense(work.op, layer, reordered, blocked)
+def geometric_mean(values: Iterable[float]) -> float:
+    """Of positive numbers; not a number without any.
+
+    Example:
+        >>> geometric_mean([2.0, 8.0])
+        4.0
+    """
+    logs = [math.log(value) for value in values]
+    return math.exp(sum(logs) / len(logs)) if logs else math.nan
 
 
-def _csr_engine(work: _Work, weight: Tensor) -> Callable[[], Tensor]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch says on every use that its CSR is in beta
-        csr = weight.to_sparse_csr()
-    return lambda: csr @ work.x
-
-
-def _is_right(work: _Work, weight: Tensor, y: object) -> bool:
-    """Whether some columns, or the last image, are within the dot product's rounding of float64."""
-    assert isinstance(y, Tensor)
-    y = y.to_dense() if y.is_mkldnn else y
-    if work.op == "spmm":
-        take = torch.linspace(0, work.columns - 1, _CHECKED_COLUMNS).long()
-        x, y = work.x[:, take], y[:, take]
-    else:
-        x, y = work.x[-1:], y[-1:]
-    terms = float(weight.flatten(1).count_nonzero(1).max()) + 2
-    expected = apply_dense(work.op, work.layer, weight.double(), x.double())
-    scale = apply_dense(work.op, work.layer, weight.double().abs(), x.double().abs())
-    return bool(((y - expected).abs() <= terms * 2.0**-23 * scale + 1e-30).all())
-
-
-def _times(
-    work: _Work,
-    weight: Tensor,
-    runs: dict[str, Callable[[], object]],
-    flush: Callable[[], object],
-    seconds: float,
-) -> dict[str, Timing]:
-    """In turns; numpy apart from the others, because its threads spin after a call."""
-    options: dict[str, Any] = {"repeats": _REPEATS, "seconds": seconds, "warmup_seconds": 0.0}
-    times = interleave(runs, flush=flush, **options)
-    limits, reason = equal_numpy_threads()
-    if work.op == "spmm" and not reason:
-        a, b = weight.numpy(), work.x.numpy()
-        with limits:
-            times |= interleave({"numpy_dense": lambda: a @ b}, flush=flush, **options)
-        time.sleep(SPIN_SECONDS)
-    return times
-
-
-def _mean(values: Sequence[float]) -> float:
-    return math.exp(sum(map(math.log, values)) / len(values)) if values else math.nan
+def slower(rows: Iterable[Row]) -> str:
+    """A note that names the rows slower than the best dense engine."""
+    found = [
+        f"{row['case']} at {1 - row['density']:.0%}, batch {row['batch']}: {row['speedup']:.2f}"
+        for row in timed(rows)
+        if row["speedup"] < _SLOWER
+    ]
+    return f"Slower than the best dense engine: {'; '.join(found) or 'none'}"
 
 
 def dlmc_summary(result: dict[str, Any]) -> list[dict[str, Any]]:
-    """Geometric means over the layers of each part, batch, number of threads and density."""
-    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
-    for row in result["rows"]:
-        if row["status"] == "ok":
-            about = row["batch"], row["threads"], row["density"]
-            for part in (row["part"], f"all {row['part'].split()[0]}"):
-                groups.setdefault((part, *about), []).append(row)
-    found = []
-    for (part, batch, threads, density), rows in sorted(groups.items(), key=lambda g: g[0][:3]):
-        csr = [row["csr_us"] / row["median_us"] for row in rows if row["csr_us"]]
-        found.append(
-            {
-                "part": part,
-                "batch": batch,
-                "threads": threads,
-                "density": density,
-                "layers": len(rows),
-                "gflops": _mean([row["gflops"] for row in rows]),
-                "share": _mean([row["share"] for row in rows]),
-                "speedup": _mean([row["speedup"] for row in rows]),
-                "least": min(row["speedup"] for row in rows),
-                "csr": _mean(csr) if csr else None,
-            }
-        )
-    return found
+    """Geometric means over the layers of each part, batch, number of threads and density.
+
+    "resnet50" are the layers as `ops.spmm` runs them; "resnet50 in a program" all of them, 3x3 too.
+    A layer in a program is held against torch's CSR product of the same layer and batch.
+    """
+    rows = timed(result["rows"])
+    csr = {_key(row): row["csr_us"] for row in rows if row["csr_us"]}
+    groups: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        about = row["batch"], row["threads"], row["density"]
+        wholes = [f"resnet50{' in a program' * (row['way'] == PROGRAM)}"]
+        is_whole = row["way"] == PROGRAM or row["op"] == "spmm"
+        if row["layer"].startswith("transformer") or not is_whole:
+            wholes = []
+        for part in (row["part"], *wholes):
+            groups.setdefault((part, *about), []).append(row)
+    order = sorted(groups.items(), key=lambda group: (*group[0][:3], -group[0][3]))
+    return [_summary_row(key, members, csr) for key, members in order]
+
+
+def _key(row: Row) -> tuple[Any, ...]:
+    return row["layer"], row["batch"], row["threads"], row["density"]
+
+
+def _summary_row(
+    key: tuple[Any, ...], rows: Sequence[Row], csr: dict[tuple[Any, ...], float]
+) -> dict[str, Any]:
+    part, batch, count, density = key
+    against_csr = [csr[_key(row)] / row["median_us"] for row in rows if _key(row) in csr]
+    return {
+        "part": part,
+        "batch": batch,
+        "threads": count,
+        "density": density,
+        "layers": len(rows),
+        "gflops": geometric_mean(row["gflops"] for row in rows),
+        "share": geometric_mean(row["share"] for row in rows),
+        "speedup": geometric_mean(row["speedup"] for row in rows),
+        "least": min(row["speedup"] for row in rows),
+        "csr": geometric_mean(against_csr) if against_csr else None,
+        "least_csr": min(against_csr, default=None),
+    }
+
+
+def _or_dash(key: str) -> Callable[[dict[str, Any]], str]:
+    return lambda row: "-" if row[key] is None else f"{row[key]:.1f}"
 
 
 _COLUMNS = (
@@ -352,27 +177,24 @@ _COLUMNS = (
     Column("zeros", lambda row: f"{1 - row['density']:.0%}"),
     Column("GFLOP/s", lambda row: f"{row['gflops']:.0f}"),
     Column("of peak", lambda row: f"{row['share']:.0%}"),
-    Column("x best dense", lambda row: f"{row['speedup']:.1f}"),
-    Column("least", lambda row: f"{row['least']:.1f}"),
-    Column("x torch CSR", lambda row: "-" if row["csr"] is None else f"{row['csr']:.1f}"),
+    Column("x best dense", _or_dash("speedup")),
+    Column("least", _or_dash("least")),
+    Column("x torch CSR", _or_dash("csr")),
+    Column("least", _or_dash("least_csr")),
 )
 
 
 def dlmc_table(result: dict[str, Any]) -> Table:
     """The summary as it is printed, with the layers that are slower than dense by name."""
-    slower = [
-        f"{row['case']} at {1 - row['density']:.0%}, batch {row['batch']}: {row['speedup']:.2f}"
-        for row in result["rows"]
-        if row.get("speedup", 1.0) < 0.95
-    ]
     random = sum(row["pattern"] == "random" for row in result["rows"])
-    busy = sum(map(is_busy, result["rows"]))
-    notes = [
-        f"Peak of multiply-adds: {', '.join(f'{v:.0f}' for v in result['peaks'].values())} GFLOP/s",
-        f"Slower than the best dense engine: {'; '.join(slower) or 'none'}",
-        *([f"{random} cases have random zeros: SPARSELT_DATA holds no dlmc"] if random else []),
-        *([f"BUSY: other work disturbed {busy} of {len(result['rows'])} cases"] if busy else []),
-        *(f"FAILED: {row['case']}: {row['reason']}" for row in result["rows"] if "reason" in row),
-        one_line(result["machine"]),
-    ]
-    return rich_table("", _COLUMNS, dlmc_summary(result), "\n".join(notes))
+    peaks = ", ".join(f"{rate:.0f} on {count}" for count, rate in result["peaks"].items())
+    notes = caption(
+        result,
+        f"Peak of multiply-adds, GFLOP/s by threads: {peaks}",
+        slower(result["rows"]),
+        f"{random} cases have random zeros: SPARSELT_DATA holds no dlmc" if random else "",
+    )
+    return rich_table("", _COLUMNS, dlmc_summary(result), notes)
+
+
+SWEEP = Sweep("dlmc", dlmc_items, dlmc_table, _peaks)

@@ -19,7 +19,7 @@ import numpy as np
 
 from sparselt.errors import OptionError
 
-__all__ = ["Flush", "Timing", "burst", "interleave", "measure", "speedup"]
+__all__ = ["Flush", "Timing", "Watched", "burst", "interleave", "measure", "speedup"]
 
 # One sample spans several calls where a call is shorter than this: reading the clock (about 0.1 us)
 # then costs less than a thousandth of what is measured.
@@ -123,6 +123,24 @@ def _collector_off() -> Iterator[None]:
             gc.enable()
 
 
+class Watched:
+    """A callable of which a part counts: it returns the microseconds that this part took.
+
+    Args:
+        function: runs all of it.
+
+    Example:
+        >>> measure(Watched(lambda: 3.0), repeats=5, seconds=0.0).median_us
+        3.0
+    """
+
+    def __init__(self, function: Callable[[], float]) -> None:
+        self.function = function
+
+    def __call__(self) -> float:
+        return self.function()
+
+
 def burst(
     function: Callable[[], object],
     samples: int,
@@ -140,6 +158,9 @@ def burst(
         for _ in range(samples):
             if flush is not None:
                 flush()
+            if isinstance(function, Watched):
+                times.append(sum(function() for _ in repeat) / len(repeat))
+                continue
             start = clock()
             for _ in repeat:
                 function()
@@ -176,7 +197,7 @@ def interleave(
     round to round. Rounds go on until each has `repeats` samples and `seconds` of measured time.
 
     Args:
-        functions: callables without arguments, by name.
+        functions: callables without arguments, by name; of a `Watched` one, the part counts.
         repeats: least number of samples of each.
         seconds: least measured time of each, in seconds.
         warmup_seconds: time spent calling each before anything counts.
