@@ -37,6 +37,7 @@ from sparselt.planned import Planned, Run, Straight
 from sparselt.prepacked import prepack
 from sparselt.samples import EachSample, agree, first_samples, may_run_each, only_segment
 from sparselt.shapes import copied, propagate
+from sparselt.shelf import Shelf
 from sparselt.tune import Tuner, cache_bytes, kind_of
 
 __all__ = ["Bucket", "Family"]
@@ -60,6 +61,7 @@ class Family:
     Args:
         captured: the graph.
         tuner: plans and times.
+        shelf: where weights are that no plan reads as they are.
         known: plans made before, by bucket and node name.
         each: the buckets of these that run one sample after the other.
         prepacked: those that run dense with prepacked weights.
@@ -69,12 +71,14 @@ class Family:
         self,
         captured: Captured,
         tuner: Tuner,
+        shelf: Shelf,
         known: Mapping[Bucket, Mapping[str, Plan]] | None = None,
         each: Collection[Bucket] = (),
         prepacked: Collection[Bucket] = (),
     ) -> None:
         self.captured = captured
         self.tuner = tuner
+        self.shelf = shelf
         self.known = known or {}
         self.each = each
         self.prepacked = prepacked
@@ -84,7 +88,7 @@ class Family:
         self.seen: set[tuple[tuple[int, ...] | None, ...]] = set()
 
     def run_for(self, leaves: Sequence[Any]) -> Run:
-        """What runs inputs of these shapes; the weights must be out of the shelf."""
+        """What runs inputs of these shapes; weights are taken from the shelf as needed."""
         key = self.bucket(leaves)
         self.seen.add(tuple(tuple(x.shape) if isinstance(x, Tensor) else None for x in leaves))
         if key not in self.planned:
@@ -168,16 +172,22 @@ class Family:
     def _kind(self) -> str:
         """What the times of the whole depend on, beside sizes and plans: operations and weights."""
         weights = [
-            (tuple(x.shape), kind_of(int(x.count_nonzero()) / max(x.numel(), 1)))
+            (tuple(self.shelf.outline(x).shape), kind_of(self._density(x)))
             for x in self.captured.constants
         ]
         text = f"{self.captured.module.graph} {weights}"
         return hashlib.sha256(text.encode()).hexdigest()
 
+    def _density(self, constant: Tensor) -> float:
+        value = self.shelf.take(constant)
+        density = int(value.count_nonzero()) / max(value.numel(), 1)
+        self.shelf.back(constant)
+        return density
+
     def _may_run_each(self, leaves: Sequence[Any]) -> bool:
         """Whether there is anything to choose, told from the shapes of all values."""
         module = copied(self.captured.module)
-        propagate(module, [*self.captured.constants, *leaves])
+        propagate(module, [*map(self.shelf.outline, self.captured.constants), *leaves])
         count = next(leaf.shape[0] for leaf in leaves if isinstance(leaf, Tensor))
         return may_run_each(module.graph, count, cache_bytes())
 
@@ -257,11 +267,12 @@ class Family:
         lowered = lower(
             self.captured.module,
             dict(enumerate(constants)),
-            [*constants, *leaves],
+            [*map(self.shelf.outline, constants), *leaves],
             tuner,
             dict(enumerate(self.captured.names)),
             packed,
             known,
+            self.shelf,
         )
         graph = lowered.module.graph
         placeholders = [node for node in graph.nodes if node.op == "placeholder"]
@@ -299,7 +310,8 @@ class Family:
     def _flat(self, lowered: Lowered, module: fx.GraphModule) -> tuple[Run, list[Tensor]]:
         """The flat call: constants that are still read first, and these, then the inputs."""
         unused = set(lowered.unused)
-        kept = [x for i, x in enumerate(self.captured.constants) if i not in unused]
+        constants = enumerate(self.captured.constants)
+        kept = [self.shelf.take(x) for i, x in constants if i not in unused]
         forward = module.forward
         return self._as_result(lambda leaves: forward(*kept, *leaves)), kept
 

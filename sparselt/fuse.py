@@ -36,6 +36,8 @@ _BATCH_NORM: dict[Any, tuple[str, ...]] = {
     F.batch_norm: ("running_mean", "running_var", "weight", "bias", "training"),
 }
 _EPS_POSITION = 7
+# Folded at once.
+_ROWS = 64
 
 _RELU = {
     aten.relu.default,
@@ -144,8 +146,12 @@ def fold_batch_norm(
         shift = shift + norm.bias.double()
     if not bool(torch.isfinite(scale).all()):
         return None
-    scaled = weight.double() * scale.view(-1, *[1] * (weight.dim() - 1))
-    return scaled.to(weight.dtype), shift.to(weight.dtype)
+    scaled = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
+    factors = scale.view(-1, *[1] * (weight.dim() - 1))
+    # A few rows at a time: a large weight in float64 would be the most that loading takes.
+    for i in range(0, len(weight), _ROWS):
+        scaled[i : i + _ROWS] = weight[i : i + _ROWS].double() * factors[i : i + _ROWS]
+    return scaled, shift.to(weight.dtype)
 
 
 def follow(

@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from sparselt.fuse import argument
+from sparselt.shelf import Shelf
 
 __all__ = ["Constants", "GraphLayer", "read_layer", "set_weights"]
 
@@ -70,17 +71,19 @@ class Constants:
 
     Args:
         values: by placeholder.
+        shelf: where some of them are to be taken from.
     """
 
-    def __init__(self, values: dict[fx.Node, Tensor]) -> None:
+    def __init__(self, values: dict[fx.Node, Tensor], shelf: Shelf) -> None:
         self.values = values
+        self.shelf = shelf
 
     def __call__(self, node: Any) -> Tensor | None:
         """The value of a node; None if it is not known before the graph runs."""
         if not isinstance(node, fx.Node):
             return None
         if node in self.values:
-            return self.values[node]
+            return self.shelf.take(self.values[node])
         if node.op not in ("call_function", "call_method") or not node.args:
             return None
         base = self(node.args[0])

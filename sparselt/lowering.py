@@ -28,6 +28,7 @@ from sparselt.plan import SEMI_STRUCTURED, Plan
 from sparselt.pooling import max_pool_step
 from sparselt.semi_structured import SemiStructuredLinear
 from sparselt.shapes import copied, drawn, propagate
+from sparselt.shelf import Shelf
 from sparselt.tune import Tuner
 
 __all__ = ["Lowered", "lower"]
@@ -86,6 +87,7 @@ def lower(
     names: Mapping[int, str] | None = None,
     packed: dict[tuple[Any, ...], Any] | None = None,
     plans: Mapping[str, Plan] | None = None,
+    shelf: Shelf | None = None,
 ) -> Lowered:
     """Lowers a copy of a graph.
 
@@ -98,6 +100,7 @@ def lower(
         packed: layers made before from the same weights, and a place to leave new ones, so
             that several lowerings of one graph share their memory.
         plans: of layers planned before, by node name; the others are planned anew.
+        shelf: where some of the values are; those that are only packed go back there.
     """
     result = copied(module)
     graph = result.graph
@@ -108,7 +111,8 @@ def lower(
             placeholders[i]: value
             for i, value in values.items()
             if not any(is_mutating(user) for user in placeholders[i].users)
-        }
+        },
+        shelf or Shelf(),
     )
     _erase_dropout(graph)
     propagate(result, inputs)
@@ -201,6 +205,8 @@ class _Lowering:
             sparse = self.sparse(layer, plan, fusion)
             self.replace(layer, fusion, _bind(sparse, _direct(layer)), sparse)
             row = row_of(name, sparse)
+            for source in layer.sources:
+                self.constant.shelf.back(self.constant.values[source])
         else:
             setattr(layer.module, PLAN_ATTRIBUTE, plan)
             row = row_of(name, layer.module)
@@ -225,7 +231,9 @@ class _Lowering:
         linear = isinstance(layer.module, nn.Linear)
         fusion = follow(layer.node, self.constant, linear, residual=_direct(layer))
         norm = fusion.batch_norm
-        if norm is not None and fold_batch_norm(*_weights(layer.module), norm) is None:
+        weight, bias = _weights(layer.module)
+        # Whether its factors are finite: no more of the weight is asked for.
+        if norm is not None and fold_batch_norm(weight[:, :0], bias, norm) is None:
             return Fusion(layer.node, [layer.node])
         return fusion
 

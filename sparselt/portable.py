@@ -27,7 +27,8 @@ from sparselt.errors import OptionError, ProgramFileError, SparseltError, explai
 from sparselt.family import Bucket, Family
 from sparselt.graph_text import GraphTextError, read_graph, read_structure, text_of, write_structure
 from sparselt.plan import DENSE, Plan
-from sparselt.tickets.file import pack_bits, read_safetensors, replace_file, unpack_bits
+from sparselt.shelf import Shelf
+from sparselt.tickets.file import count_bits, pack_bits, read_safetensors, replace_file
 from sparselt.tune import machine
 
 __all__ = ["FORMAT", "VERSION", "Loaded", "read_program", "write_program"]
@@ -89,8 +90,8 @@ def write_program(path: Path, families: Sequence[Family], title: str) -> None:
     replace_file(path, safetensors.torch.save(parts, metadata=metadata))
 
 
-def read_program(path: Path) -> tuple[str, list[Loaded]]:
-    """The title and the graphs of a file.
+def read_program(path: Path, shelf: Shelf) -> tuple[str, list[Loaded]]:
+    """The title and the graphs of a file; weights that are not stored plainly are on the shelf.
 
     Raises:
         ProgramFileError: there is no such file, or it is damaged, hostile or of another version.
@@ -106,7 +107,7 @@ def read_program(path: Path) -> tuple[str, list[Loaded]]:
         if metadata.get("sha256") != _digest(text, parts):
             raise ProgramFileError(f"{path}: the checksum does not match; the file was altered")
         header = json.loads(text)
-        tensors = [_take(parts, str(i), entry) for i, entry in enumerate(header["tensors"])]
+        tensors = [_take(parts, str(i), entry, shelf) for i, entry in enumerate(header["tensors"])]
         if parts:
             raise ProgramFileError(f"{path}: tensors that the header does not name")
         same = header["machine"] == machine()
@@ -225,19 +226,16 @@ def _put(parts: dict[str, Tensor], name: str, tensor: Tensor) -> dict[str, Any]:
     return {"shape": list(tensor.shape), "dtype": dtype}
 
 
-def _take(parts: dict[str, Tensor], name: str, entry: Mapping[str, Any]) -> Tensor:
+def _take(parts: dict[str, Tensor], name: str, entry: Mapping[str, Any], shelf: Shelf) -> Tensor:
     shape, dtype = [_index(n) for n in entry["shape"]], _TYPES[entry["dtype"]]
     if name in parts:
         tensor = parts.pop(name)
     else:
         bits, values = parts.pop(f"{name}.bits"), parts.pop(f"{name}.values")
-        kept = unpack_bits(bits, math.prod(shape))
-        if values.shape != (int(kept.sum()),):
+        if values.shape != (count_bits(bits, math.prod(shape)),):
             raise ProgramFileError(f"tensor {name}: its bits and its values disagree")
-        # Not a view of a flat one, which would stay behind when the program lets the weight go.
-        tensor = torch.zeros(shape, dtype=values.dtype)
-        tensor.view(-1)[kept] = values
-    if list(tensor.shape) != shape or tensor.dtype is not dtype:
+        tensor = shelf.adopt(bits, values, shape)
+    if list(shelf.outline(tensor).shape) != shape or tensor.dtype is not dtype:
         raise ProgramFileError(explain_mismatch(f"tensor {name}", entry, tuple(tensor.shape)))
     return tensor
 

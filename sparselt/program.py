@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from sparselt import dynamo as _dynamo  # noqa: F401  registers the backend
 from sparselt.capture import Captured, CaptureError, capture
 from sparselt.conversion import as_call, convert, densify, prepare, run_once
 from sparselt.errors import OptionError, ProgramFileError, ShapeError, explain_mismatch
@@ -53,19 +52,21 @@ class Program:
     def __init__(self, model: nn.Module, example_inputs: Any) -> None:
         """See `sparselt.compile`."""
         prepared = densify(prepare(model).model)
-        self._begin(prepared, type(prepared).__name__, prepared.parameters())
+        self._begin(prepared, type(prepared).__name__, prepared.parameters(), Shelf())
         self._args, self._kwargs = as_call(example_inputs)
         self._expected = run_once(prepared, example_inputs)
         leaves, spec = pytree.tree_flatten((self._args, self._kwargs))
         self._add_route(_signature(leaves, spec), leaves, spec)
         del self._expected
 
-    def _begin(self, model: nn.Module | None, title: str, weights: Iterable[Tensor]) -> None:
+    def _begin(
+        self, model: nn.Module | None, title: str, weights: Iterable[Tensor], shelf: Shelf
+    ) -> None:
         self._prepared = model
         self._title = title
         weight_bytes = sum(p.numel() * p.element_size() for p in weights)
         self._tuner = Tuner(weight_bytes=weight_bytes, in_program=True)
-        self._shelf = Shelf()
+        self._shelf = shelf
         self._families: list[Family] = []
         self._routes: dict[tuple[Any, ...], Run] = {}
         self._straight: dict[torch.Size, SegmentProgram] = {}
@@ -76,12 +77,13 @@ class Program:
     @classmethod
     def _load(cls, path: Path) -> Program:
         """See `load_program`."""
-        title, graphs = read_program(path)
+        shelf = Shelf()
+        title, graphs = read_program(path, shelf)
         program = cls.__new__(cls)
-        program._begin(None, title, graphs[0].captured.constants)
+        program._begin(None, title, map(shelf.outline, graphs[0].captured.constants), shelf)
         for loaded in graphs:
             made = loaded.plans, loaded.each, loaded.prepacked
-            program._families.append(Family(loaded.captured, program._tuner, *made))
+            program._families.append(Family(loaded.captured, program._tuner, shelf, *made))
         try:
             for loaded in graphs:
                 leaves, spec = _example(loaded), loaded.captured.input_spec
@@ -206,7 +208,7 @@ class Program:
             # Tensors made under inference mode cannot be traced; copies made outside of it can.
             with torch.inference_mode(False), torch.no_grad():
                 own = [_plain_copy(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-                with self._shelf.out():
+                with self._shelf.lent():
                     run = self._run_for(own, spec)
                     self._shelf.keep(tensor for f in self._families for tensor in f.read())
                 self._shelve()
@@ -230,10 +232,12 @@ class Program:
                 return family.run_for(leaves)
         if self._prepared is None:
             raise self._unknown(leaves)
+        # What is captured or converted is the whole model.
+        self._shelf.fill()
         if self._converted is not None and not self._families:
             return self._fall_back("", spec)
         try:
-            family = Family(self._capture(leaves, spec), self._tuner)
+            family = Family(self._capture(leaves, spec), self._tuner, self._shelf)
             run = family.run_for(leaves)
             if not self._families:
                 self._check(run(leaves))
@@ -265,11 +269,7 @@ class Program:
             for leaf in leaves
         ]
         # Tracing with a size of 1 would fix it at 1.
-        attempts: list[tuple[list[Any], Any]] = [
-            (doubled, varying),
-            (leaves, varying),
-            (leaves, None),
-        ]
+        attempts: list[Any] = [(doubled, varying), (leaves, varying), (leaves, None)]
         reason = ""
         for examples, free in attempts:
             args, kwargs = pytree.tree_unflatten(examples, spec)

@@ -32,6 +32,7 @@ from sparselt.tickets.ticket import Ticket
 __all__ = [
     "FORMAT",
     "VERSION",
+    "count_bits",
     "pack_bits",
     "read_ticket",
     "replace_file",
@@ -41,6 +42,7 @@ __all__ = [
 
 FORMAT = "sparselt.ticket"
 VERSION = "1"
+_BITS_OF_BYTE = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(1, np.uint8)
 
 
 def pack_bits(flags: Tensor) -> Tensor:
@@ -69,6 +71,26 @@ def unpack_bits(packed: Tensor, count: int) -> Tensor:
     Raises:
         TicketFileError: Wrong dtype or length, or a bit beyond ``count`` is set.
     """
+    _check_bits(packed, count)
+    flags = np.unpackbits(packed.cpu().numpy(), bitorder="little", count=count)
+    return torch.from_numpy(flags.view(bool))
+
+
+def count_bits(packed: Tensor, count: int) -> int:
+    """How many flags are set; takes no memory for them.
+
+    Args:
+        packed: (ceil(count / 8),) uint8, as of :func:`pack_bits`.
+        count: Number of flags.
+
+    Raises:
+        TicketFileError: As :func:`unpack_bits`.
+    """
+    _check_bits(packed, count)
+    return int(_BITS_OF_BYTE[packed.numpy()].sum(dtype=np.int64))
+
+
+def _check_bits(packed: Tensor, count: int) -> None:
     if packed.dtype is not torch.uint8 or packed.dim() != 1 or packed.numel() != (count + 7) // 8:
         raise TicketFileError(
             explain_mismatch(
@@ -78,10 +100,8 @@ def unpack_bits(packed: Tensor, count: int) -> Tensor:
                 "the file is damaged or was written by something else",
             )
         )
-    flags = np.unpackbits(packed.cpu().numpy(), bitorder="little")
-    if flags[count:].any():
+    if count % 8 and int(packed[-1]) >> count % 8:
         raise TicketFileError("bitmask: bits beyond the last weight are set; the file is damaged")
-    return torch.from_numpy(flags[:count].astype(bool))
 
 
 def replace_file(path: Path, data: bytes) -> None:
