@@ -119,8 +119,12 @@ struct CodeView {
 // one column a step, which all its rows share, and no step is filled up. The rows of a slice are
 // neighbours; those beyond the last are -1, with values of 0.
 //
+// The delta format tells a column by a byte, its distance from the one before of its row, at first
+// from column 0 of the block. A byte of kJump moves on as far and meets no x; it fills rows up too.
+//
 // The sign format has no value a step but one magnitude a row. A column stands for a weight of that
 // magnitude, and column + block_cols + 1 for one of its negative.
+constexpr uint8_t kJump = 255;
 struct SellView {
   const int32_t* block_slices;  // num_sections * num_blocks + 1: the first slice of block b of
                                 // section s, at s * num_blocks + b
@@ -135,7 +139,8 @@ struct SellView {
   int64_t num_blocks;
   int64_t num_sections;
   CodeView code{};
-  bool mirrored = false;  // whether columns find the negative of x too (sign)
+  bool mirrored = false;            // whether columns find the negative of x too (sign)
+  const uint8_t* deltas = nullptr;  // of delta, in place of columns
 };
 
 // The bits format: the stored values of each row in order, and which columns they are of. Bit c %

@@ -249,6 +249,7 @@ def spmm_cases() -> tuple[SpmmCase, ...]:
         ),
         SpmmCase(37, 300, 130, density=0.1),
         SpmmCase(3, 2000, 17, density=0.5),
+        *(SpmmCase(19, 3000, n, density=0.003) for n in (1, 2, 8)),  # hundreds of columns apart
     ]
     return tuple(dict.fromkeys(cases))
 

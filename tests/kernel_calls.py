@@ -21,10 +21,12 @@ CONV2D = pytest.mark.parametrize("kernel", kernel_params("conv2d"))
 
 
 def blocks_of(kernel: KernelInfo) -> tuple[tuple[int, int] | None, ...]:
-    if kernel.format in ("sell", "sign"):
-        # Column blocks of one column, of a few, and wider than most cases.
+    if kernel.format in ("sell", "sign", "delta"):
+        # Column blocks of one column, of a few, and wider than most cases; of deltas, of which a
+        # byte holds 254 at most, wider than any.
+        widest = 4096 if kernel.format == "delta" else 128
         heights = (kernel.tile_rows,) if kernel.tile_rows > 1 else (1, 2, 3, 4, 7)
-        return tuple((height, cols) for height in heights for cols in (1, 5, 16, 128))
+        return tuple((height, cols) for height in heights for cols in (1, 5, 16, widest))
     if kernel.format == "bsell":
         return tuple((height, cols) for height in (4, 8, 16) for cols in (1, 5, 16, 384))
     return BLOCKS if kernel.format == "bsr" else (None,)

@@ -24,6 +24,7 @@ FORMAT_BLOCKS = [
     *(("sell", block) for block in SLICES),
     *(("bsell", block) for block in ((4, 128), (8, 5), (16, 1), (4, 32767))),
     *(("tile8", block) for block in (None, (32, 128))),
+    *(("delta", block) for block in SLICES),
     *(("sign", block) for block in (None, (2, 5), (1, 1), (16, 16383))),
     ("bits", None),
     ("window", None),

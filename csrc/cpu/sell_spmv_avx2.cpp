@@ -22,7 +22,7 @@ SPARSELT_TARGET_BEGIN("avx2,fma")
 namespace sparselt::cpu {
 
 void sell_spmv_avx2(const SpmvCall& call, Range sections) {
-  multiply_slices<false>(call, sections);
+  multiply_slices<SellColumns<kSliceRows>>(call, sections);
 }
 
 }  // namespace sparselt::cpu

@@ -23,7 +23,7 @@ SPARSELT_TARGET_BEGIN("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")
 namespace sparselt::cpu {
 
 void sell_spmv_avx512(const SpmvCall& call, Range sections) {
-  multiply_slices<false>(call, sections);
+  multiply_slices<SellColumns<kSliceRows>>(call, sections);
 }
 
 }  // namespace sparselt::cpu

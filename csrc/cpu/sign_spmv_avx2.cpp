@@ -17,7 +17,9 @@ SPARSELT_TARGET_BEGIN("avx2,fma")
 
 namespace sparselt::cpu {
 
-void sign_spmv_avx2(const SpmvCall& call, Range sections) { multiply_slices<true>(call, sections); }
+void sign_spmv_avx2(const SpmvCall& call, Range sections) {
+  multiply_slices<SignColumns<kSliceRows>>(call, sections);
+}
 
 }  // namespace sparselt::cpu
 SPARSELT_TARGET_END

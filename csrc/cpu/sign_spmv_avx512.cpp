@@ -18,7 +18,7 @@ SPARSELT_TARGET_BEGIN("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")
 namespace sparselt::cpu {
 
 void sign_spmv_avx512(const SpmvCall& call, Range sections) {
-  multiply_slices<true>(call, sections);
+  multiply_slices<SignColumns<kSliceRows>>(call, sections);
 }
 
 }  // namespace sparselt::cpu

@@ -16,6 +16,7 @@ namespace {
 // keep up: without this, weights that come from memory took 1.3 to 2 times as long.
 constexpr int64_t kPrefetchValues = 512;  // stored values ahead
 constexpr int64_t kPrefetchSigns = 1024;  // where a value is a column alone
+constexpr int64_t kPrefetchDeltas = 1024;
 
 // A row's products are added up in chains of this many, and the chains' sums after that: one chain
 // of hundreds rounds away two to three times as much.
@@ -30,13 +31,35 @@ inline int64_t chain_end(int64_t step, int64_t end) {
   return end - step > kChain ? step + kChain : end;
 }
 
-inline void prefetch(const uint16_t* columns) {
-  _mm_prefetch(reinterpret_cast<const char*>(columns + kPrefetchSigns), _MM_HINT_T0);
+inline void prefetch(const void* at) {
+  _mm_prefetch(reinterpret_cast<const char*>(at), _MM_HINT_T0);
 }
 inline void prefetch(const float* values, const uint16_t* columns) {
-  _mm_prefetch(reinterpret_cast<const char*>(values + kPrefetchValues), _MM_HINT_T0);
-  _mm_prefetch(reinterpret_cast<const char*>(columns + kPrefetchValues), _MM_HINT_T0);
+  prefetch(values + kPrefetchValues);
+  prefetch(columns + kPrefetchValues);
 }
+
+// How a weight says where the values of a step lie, a column of 16 bits for each row. An object
+// walks one slice from its first step on; a unit may bring a class of its own.
+template <int kSliceRows>
+struct SellColumns {
+  static constexpr bool kSigns = false;
+  const uint16_t* next(const SellView& w, int64_t step) {
+    const uint16_t* columns = w.columns + step * kSliceRows;
+    prefetch(w.values + step * kSliceRows, columns);
+    return columns;
+  }
+};
+// Of the sign format: a value is what its column finds, and the row's magnitude comes last.
+template <int kSliceRows>
+struct SignColumns {
+  static constexpr bool kSigns = true;
+  const uint16_t* next(const SellView& w, int64_t step) {
+    const uint16_t* columns = w.columns + step * kSliceRows;
+    prefetch(columns + kPrefetchSigns);
+    return columns;
+  }
+};
 
 // Four columns (16 bits each) in one register: a load for all four instead of one for each.
 inline uint64_t load_four_columns(const uint16_t* columns) {
@@ -92,34 +115,29 @@ void store_row(const SpmvCall& call, const BlockPlace& block, int64_t m, V sum) 
   for (int64_t n = 0; n < call.columns; ++n) y[n * call.y_column_stride] = row[n];
 }
 
-// `kRows` rows of the slice at a time, as many as registers hold. With `kSigns` the weight is of
-// the sign format.
-template <bool kSigns, int kSliceRows, int kRows, class V>
+// `kRows` rows of the slice at a time, as many as registers hold.
+template <class Columns, int kSliceRows, int kRows, class V>
 void multiply_columns(const SpmvCall& call, const BlockPlace& block, int64_t slice) {
   constexpr int64_t kLanes = sizeof(V) / sizeof(float);
   const SellView& w = call.weight;
   for (int first = 0; first < kSliceRows; first += kRows) {
     alignas(64) float sums[kRows * kLanes] = {};
+    Columns walk{};
     const int64_t end = w.slice_steps[slice + 1];
     for (int64_t step = w.slice_steps[slice]; step < end;) {
       V sum[kRows];
       SPARSELT_UNROLL
       for (int r = 0; r < kRows; ++r) sum[r] = broadcast(0.0f, V{});
       for (const int64_t stop = chain_end(step, end); step < stop; ++step) {
-        const uint16_t* columns = w.columns + step * kSliceRows + first;
-        const float* values = kSigns ? nullptr : w.values + step * kSliceRows + first;
-        if constexpr (kSigns) {
-          prefetch(columns);
-        } else {
-          prefetch(values, columns);
-        }
+        const uint16_t* columns = walk.next(w, step) + first;
+        const float* values = Columns::kSigns ? nullptr : w.values + step * kSliceRows + first;
         SPARSELT_UNROLL
         for (int r = 0; r < kRows; r += 4) {
           const uint64_t four = load_four_columns(columns + r);
           SPARSELT_UNROLL
           for (int i = 0; i < 4; ++i) {
             const V x_row = load_lanes(block.x + (four >> (16 * i) & 0xffff) * kLanes, V{});
-            if constexpr (kSigns) {
+            if constexpr (Columns::kSigns) {
               sum[r + i] = add(x_row, sum[r + i]);
             } else {
               sum[r + i] = multiply_add(broadcast(values[r + i], V{}), x_row, sum[r + i]);
@@ -135,7 +153,7 @@ void multiply_columns(const SpmvCall& call, const BlockPlace& block, int64_t sli
     const int32_t* rows = w.slice_rows + slice * kSliceRows + first;
     for (int r = 0; r < kRows && rows[r] >= 0; ++r) {
       V sum = load_lanes(sums + r * kLanes, V{});
-      if constexpr (kSigns) {
+      if constexpr (Columns::kSigns) {
         const V zero = broadcast(0.0f, V{});
         sum = multiply_add(broadcast(w.values[rows[r]], V{}), sum, zero);
       }
@@ -144,20 +162,22 @@ void multiply_columns(const SpmvCall& call, const BlockPlace& block, int64_t sli
   }
 }
 
-// Adds one value of each row of a slice to its sum, a lane a row.
+// Adds one value of each row of a slice to its sum, a lane a row, given the columns.
 template <class V>
-using StepFunction = V (*)(const SellView& w, const float* x, int64_t step, V chain);
+using StepFunction = V (*)(const SellView& w, const float* x, int64_t step, const uint16_t* columns,
+                           V chain);
 // Brings the sums of a slice's rows to y.
 template <class V>
 using FinishFunction = void (*)(const SpmvCall& call, const BlockPlace& block, int64_t slice,
                                 V sum);
 
-template <class V, StepFunction<V> kAdd>
-inline V add_steps(const SellView& w, const float* x, int64_t step, int64_t end, V sum) {
+template <class Columns, class V, StepFunction<V> kAdd>
+inline V add_steps(const SellView& w, const float* x, int64_t step, int64_t end, Columns& walk,
+                   V sum) {
   while (step < end) {
     V chain = broadcast(0.0f, V{});
     for (const int64_t stop = chain_end(step, end); step < stop; ++step) {
-      chain = kAdd(w, x, step, chain);
+      chain = kAdd(w, x, step, walk.next(w, step), chain);
     }
     sum = add(sum, chain);
   }
@@ -166,11 +186,13 @@ inline V add_steps(const SellView& w, const float* x, int64_t step, int64_t end,
 
 // N slices, each `apart` from the one before, chain by chain: each is a stream of its own that the
 // memory fetches ahead. The chains of a slice are those that it has alone.
-template <int N, class V, StepFunction<V> kAdd, FinishFunction<V> kFinish>
+template <int N, class Columns, class V, StepFunction<V> kAdd, FinishFunction<V> kFinish>
 void multiply_together(const SpmvCall& call, const BlockPlace& block, int64_t slice,
                        int64_t apart) {
-  const int32_t* slice_steps = call.weight.slice_steps + slice;
+  const SellView& w = call.weight;
+  const int32_t* slice_steps = w.slice_steps + slice;
   int64_t step[N];
+  Columns walk[N] = {};
   V sum[N];
   int64_t least = slice_steps[1] - slice_steps[0];
   SPARSELT_UNROLL
@@ -186,7 +208,10 @@ void multiply_together(const SpmvCall& call, const BlockPlace& block, int64_t sl
     for (int i = 0; i < N; ++i) chain[i] = broadcast(0.0f, V{});
     for (int64_t k = 0; k < kChain; ++k) {
       SPARSELT_UNROLL
-      for (int i = 0; i < N; ++i) chain[i] = kAdd(call.weight, block.x, step[i]++, chain[i]);
+      for (int i = 0; i < N; ++i) {
+        chain[i] = kAdd(w, block.x, step[i], walk[i].next(w, step[i]), chain[i]);
+        ++step[i];
+      }
     }
     SPARSELT_UNROLL
     for (int i = 0; i < N; ++i) sum[i] = add(sum[i], chain[i]);
@@ -195,7 +220,7 @@ void multiply_together(const SpmvCall& call, const BlockPlace& block, int64_t sl
   for (int i = 0; i < N; ++i) {
     const int64_t end = slice_steps[i * apart + 1];
     kFinish(call, block, slice + i * apart,
-            add_steps<V, kAdd>(call.weight, block.x, step[i], end, sum[i]));
+            add_steps<Columns, V, kAdd>(w, block.x, step[i], end, walk[i], sum[i]));
   }
 }
 
@@ -206,7 +231,7 @@ inline BlockPlace block_place(const SpmvCall& call, int64_t i) {
 }
 
 // All slices with one column: those of the quarters of a block beside each other.
-template <class V, StepFunction<V> kAdd, FinishFunction<V> kFinish>
+template <class Columns, class V, StepFunction<V> kAdd, FinishFunction<V> kFinish>
 void multiply_one_column(const SpmvCall& call, Range sections) {
   const SellView& w = call.weight;
   for (int64_t i = sections.begin * w.num_blocks; i < sections.end * w.num_blocks; ++i) {
@@ -215,10 +240,10 @@ void multiply_one_column(const SpmvCall& call, Range sections) {
     const int64_t end = w.block_slices[i + 1];
     const int64_t quarter = (end - first) / kStreams;
     for (int64_t slice = first; slice < first + quarter; ++slice) {
-      multiply_together<kStreams, V, kAdd, kFinish>(call, block, slice, quarter);
+      multiply_together<kStreams, Columns, V, kAdd, kFinish>(call, block, slice, quarter);
     }
     for (int64_t slice = first + kStreams * quarter; slice < end; ++slice) {
-      multiply_together<1, V, kAdd, kFinish>(call, block, slice, 0);
+      multiply_together<1, Columns, V, kAdd, kFinish>(call, block, slice, 0);
     }
   }
 }
@@ -226,16 +251,16 @@ void multiply_one_column(const SpmvCall& call, Range sections) {
 using SliceFunction = void (*)(const SpmvCall& call, const BlockPlace& block, int64_t slice);
 
 // All slices with 2 to 16 columns; `kWide` multiplies one with 9 to 16.
-template <bool kSigns, int kSliceRows, SliceFunction kWide>
+template <class Columns, int kSliceRows, SliceFunction kWide>
 void multiply_few_columns(const SpmvCall& call, Range sections) {
   const SellView& w = call.weight;
   for (int64_t i = sections.begin * w.num_blocks; i < sections.end * w.num_blocks; ++i) {
     const BlockPlace block = block_place(call, i);
     for (int64_t slice = w.block_slices[i]; slice < w.block_slices[i + 1]; ++slice) {
       if (call.lanes == 4) {
-        multiply_columns<kSigns, kSliceRows, kSliceRows, __m128>(call, block, slice);
+        multiply_columns<Columns, kSliceRows, kSliceRows, __m128>(call, block, slice);
       } else if (call.lanes == 8) {
-        multiply_columns<kSigns, kSliceRows, kSliceRows, __m256>(call, block, slice);
+        multiply_columns<Columns, kSliceRows, kSliceRows, __m256>(call, block, slice);
       } else {
         kWide(call, block, slice);
       }

@@ -1,9 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // What the spmv kernels for slices of 8 rows share: a step with one column, where a lane is a row,
-// and the type of 16 lanes that slice_rows_avx2.h asks for. With `kSigns` the weight is of the sign
-// format: a value is what its column finds, and the row's magnitude comes last. Include inside the
-// target region, after <immintrin.h>, cpu/target.h and kernels.h.
+// and the type of 16 lanes that slice_rows_avx2.h asks for. Include inside the target region, after
+// <immintrin.h>, cpu/target.h and kernels.h.
 #pragma once
 
 #include "cpu/slice_rows_avx2.h"
@@ -30,28 +29,26 @@ inline __m256 load_rows(const int32_t* rows, const float* from) {
 }
 
 // One value of each row of a slice.
-template <bool kSigns>
-inline __m256 add_step(const SellView& w, const float* x, int64_t step, __m256 chain) {
-  const uint16_t* columns = w.columns + step * kSliceRows;
+template <class Columns>
+inline __m256 add_step(const SellView& w, const float* x, int64_t step, const uint16_t* columns,
+                       __m256 chain) {
   const __m128 low = load_four(x, columns);
   const __m128 high = load_four(x, columns + 4);
   const __m256 found = _mm256_set_m128(high, low);
-  if constexpr (kSigns) {
-    prefetch(columns);
+  if constexpr (Columns::kSigns) {
     return _mm256_add_ps(found, chain);
   } else {
     const float* values = w.values + step * kSliceRows;
-    prefetch(values, columns);
     return _mm256_fmadd_ps(_mm256_loadu_ps(values), found, chain);
   }
 }
 
-template <bool kSigns>
+template <class Columns>
 void finish_slice(const SpmvCall& call, const BlockPlace& block, int64_t slice, __m256 sum) {
   const SellView& w = call.weight;
   const Epilogue& e = call.epilogue;
   const int32_t* rows = w.slice_rows + slice * kSliceRows;
-  if constexpr (kSigns) sum = _mm256_mul_ps(sum, load_rows(rows, w.values));
+  if constexpr (Columns::kSigns) sum = _mm256_mul_ps(sum, load_rows(rows, w.values));
   const float* before = block.is_first ? e.bias : call.y;
   if (before) sum = _mm256_add_ps(sum, load_rows(rows, before));
   if (block.is_last && e.residual) sum = _mm256_add_ps(sum, load_rows(rows, e.residual));
@@ -82,15 +79,16 @@ inline void store_lanes(float* y, Pair value) {
   _mm256_store_ps(y + 8, value.high);
 }
 
-template <bool kSigns>
+template <class Columns>
 void multiply_slices(const SpmvCall& call, Range sections) {
   if (call.lanes == 1) {
-    return multiply_one_column<__m256, add_step<kSigns>, finish_slice<kSigns>>(call, sections);
+    return multiply_one_column<Columns, __m256, add_step<Columns>, finish_slice<Columns>>(call,
+                                                                                          sections);
   }
   // Four rows' sums of 16 columns take half of the 16 registers; a slice is read twice, from the
   // cache.
-  multiply_few_columns<kSigns, kSliceRows, multiply_columns<kSigns, kSliceRows, 4, Pair>>(call,
-                                                                                          sections);
+  multiply_few_columns<Columns, kSliceRows, multiply_columns<Columns, kSliceRows, 4, Pair>>(
+      call, sections);
 }
 
 }  // namespace

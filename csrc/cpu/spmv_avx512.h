@@ -1,9 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // What the spmv kernels for slices of 16 rows share: a step with one column, where a lane is a
-// row, and the type of 16 lanes that slice_rows_avx2.h asks for. With `kSigns` the weight is of the
-// sign format: a value is what its column finds, and the row's magnitude comes last. Include inside
-// the target region, after <immintrin.h>, cpu/target.h and kernels.h.
+// row, and the type of 16 lanes that slice_rows_avx2.h asks for. Include inside the target region,
+// after <immintrin.h>, cpu/target.h and kernels.h.
 #pragma once
 
 #include "cpu/slice_rows_avx2.h"
@@ -36,30 +35,28 @@ inline Wide clamp(Wide sum, Wide lower, Wide upper) {
 inline void store_lanes(float* y, Wide value) { _mm512_store_ps(y, value.all); }
 
 // One value of each row of a slice.
-template <bool kSigns>
-inline Wide add_step(const SellView& w, const float* x, int64_t step, Wide chain) {
-  const uint16_t* columns = w.columns + step * kSliceRows;
+template <class Columns>
+inline Wide add_step(const SellView& w, const float* x, int64_t step, const uint16_t* columns,
+                     Wide chain) {
   const __m256i narrow = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(columns));
   const __m512i at = _mm512_maskz_cvtepu16_epi32(kAllRows, narrow);
   const __m512 found = gather(kAllRows, at, x);
-  if constexpr (kSigns) {
-    prefetch(columns);
+  if constexpr (Columns::kSigns) {
     return {_mm512_add_ps(found, chain.all)};
   } else {
     const float* values = w.values + step * kSliceRows;
-    prefetch(values, columns);
     return {_mm512_fmadd_ps(_mm512_loadu_ps(values), found, chain.all)};
   }
 }
 
-template <bool kSigns>
+template <class Columns>
 void finish_slice(const SpmvCall& call, const BlockPlace& block, int64_t slice, Wide sum) {
   const SellView& w = call.weight;
   const Epilogue& e = call.epilogue;
   const int32_t* rows = w.slice_rows + slice * kSliceRows;
   const __m512i at = _mm512_loadu_si512(rows);
   const __mmask16 held = _mm512_cmpge_epi32_mask(at, _mm512_setzero_si512());
-  if constexpr (kSigns) sum.all = _mm512_mul_ps(sum.all, gather(held, at, w.values));
+  if constexpr (Columns::kSigns) sum.all = _mm512_mul_ps(sum.all, gather(held, at, w.values));
   const float* before = block.is_first ? e.bias : call.y;
   if (before) sum = add(sum, {gather(held, at, before)});
   if (block.is_last && e.residual) sum = add(sum, {gather(held, at, e.residual)});
@@ -69,13 +66,14 @@ void finish_slice(const SpmvCall& call, const BlockPlace& block, int64_t slice, 
   for (int r = 0; r < kSliceRows && rows[r] >= 0; ++r) call.y[rows[r]] = sums[r];
 }
 
-template <bool kSigns>
+template <class Columns>
 void multiply_slices(const SpmvCall& call, Range sections) {
   if (call.lanes == 1) {
-    return multiply_one_column<Wide, add_step<kSigns>, finish_slice<kSigns>>(call, sections);
+    return multiply_one_column<Columns, Wide, add_step<Columns>, finish_slice<Columns>>(call,
+                                                                                        sections);
   }
-  multiply_few_columns<kSigns, kSliceRows, multiply_columns<kSigns, kSliceRows, kSliceRows, Wide>>(
-      call, sections);
+  multiply_few_columns<Columns, kSliceRows,
+                       multiply_columns<Columns, kSliceRows, kSliceRows, Wide>>(call, sections);
 }
 
 }  // namespace

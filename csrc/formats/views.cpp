@@ -13,8 +13,10 @@ using torch::headeronly::ScalarType;
 template <class T>
 const T* data_of(const Tensor& part, const char* name, ScalarType type, int64_t length) {
   STD_TORCH_CHECK(part.is_cpu(), name, ": expected a CPU tensor; move the weight with .cpu()");
-  STD_TORCH_CHECK(part.scalar_type() == type, name,
-                  ": wrong dtype; indices are int32 (columns of slices int16), values float32");
+  STD_TORCH_CHECK(
+      part.scalar_type() == type, name,
+      ": wrong dtype; indices are int32 (columns of slices int16, of deltas uint8), values "
+      "float32");
   STD_TORCH_CHECK(part.is_contiguous() && part.numel() == length, name, ": expected ", length,
                   " contiguous elements, got ", part.numel());
   return static_cast<const T*>(part.const_data_ptr());
@@ -104,6 +106,13 @@ void view_sign(const Parts& parts, const int64_t* block, Weight& weight) {
   weight.sell.mirrored = true;
 }
 
+void view_delta(const Parts& parts, const int64_t* block, Weight& weight) {
+  check_format(parts, 5, 3, 1, weight);
+  const int64_t stored = view_slices(parts, block, weight) * block[0];
+  weight.sell.deltas = data_of<uint8_t>(parts[3], "columns", ScalarType::Byte, stored);
+  weight.sell.values = data_of<float>(parts[4], "values", ScalarType::Float, stored);
+}
+
 void view_bits(const Parts& parts, const int64_t*, Weight& weight) {
   check_format(parts, 3, 1, 2, weight);
   const int64_t masks = (weight.cols + kMaskBits - 1) / kMaskBits;
@@ -138,8 +147,8 @@ struct FormatView {
 
 // A line a format that kernels of the CPU read.
 constexpr FormatView kViews[] = {
-    {"csr", view_csr},   {"bsr", view_bsr},   {"sell", view_sell},     {"bsell", view_bsell},
-    {"sign", view_sign}, {"bits", view_bits}, {"window", view_window},
+    {"csr", view_csr},   {"bsr", view_bsr},   {"sell", view_sell},   {"bsell", view_bsell},
+    {"sign", view_sign}, {"bits", view_bits}, {"delta", view_delta}, {"window", view_window},
 };
 
 }  // namespace

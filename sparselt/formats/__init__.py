@@ -13,6 +13,7 @@ from sparselt.formats.bsell import BSELL
 from sparselt.formats.bsr import BSR
 from sparselt.formats.bsr_nhwc import ChannelsLastBSR
 from sparselt.formats.csr import CSR
+from sparselt.formats.delta import Delta
 from sparselt.formats.patch8 import Patch8
 from sparselt.formats.sell import SELL
 from sparselt.formats.sign import Sign
@@ -41,6 +42,7 @@ FORMATS: dict[str, type[SparseWeight]] = {
     "bsr": BSR,
     "sell": SELL,
     "bsell": BSELL,
+    "delta": Delta,
     "sign": Sign,
     "bits": Bits,
     "window": Window,
@@ -68,12 +70,12 @@ def pack(
             convolution; float32, float16 or bfloat16, any strides.
         mask: the same shape, bool or 0/1 valued: what to keep. A kept 0.0 stays stored. None keeps
             every weight that is not 0.
-        format: a key of `FORMATS`. "sell", "bsell", "sign", "bits" and "window" are for the CPU,
-            "sign" for weights of one magnitude a row, "bits" for few columns, "window" for one;
-            "tile8", "bitmask" and "patch8" are for few columns on CUDA, "bsr_nhwc" for convolutions
-            over channels-last maps there.
-        block: (rows, cols) of a block, for "sell", "bsell" and "sign" of a slice and a block of
-            columns; None means the format's own, which is (4, 1) for "bsr".
+        format: a key of `FORMATS`. "sell", "bsell", "delta", "sign", "bits" and "window" are for
+            the CPU, "sign" for weights of one magnitude a row, "delta" and "bits" for few columns,
+            "window" for one; "tile8", "bitmask" and "patch8" are for few columns on CUDA,
+            "bsr_nhwc" for convolutions over channels-last maps there.
+        block: (rows, cols) of a block, for "sell", "bsell", "delta" and "sign" of a slice and a
+            block of columns; None means the format's own, which is (4, 1) for "bsr".
         groups: of the convolution that the weight is for. "sell" and "bsell" keep the rows of each
             group apart; other formats do not care.
 

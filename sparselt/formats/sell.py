@@ -61,7 +61,7 @@ class SELL(Sliced):
         block = cls.check_block(block)
         check_on_cpu(weight.crow_indices, cls.name)
         rows = (weight.crow_indices, weight.col_indices, weight.values)
-        parts = _arranged(*rows, weight.cols, block, 1)
+        parts = cls._arranged(*rows, weight.cols, block, 1)
         return cls._trusted(parts, weight.shape, block)
 
     @classmethod
@@ -74,7 +74,25 @@ class SELL(Sliced):
         groups: int,
     ) -> tuple[Tensor, ...]:
         crow, col, positions = compress(kept)
-        return _arranged(crow, col, dense.view(-1)[positions], kept.shape[1], block, groups)
+        values = dense.view(-1)[positions]
+        return cls._arranged(crow, col, values, kept.shape[1], block, groups)
+
+    @classmethod
+    def _arranged(
+        cls,
+        crow: Tensor,
+        col: Tensor,
+        values: Tensor,
+        cols: int,
+        block: tuple[int, int],
+        groups: int,
+    ) -> tuple[Tensor, ...]:
+        """The parts for compressed rows."""
+        grid = (crow.numel() - 1, cols)
+        slices, places = arrange(crow, col, grid, block, section_rows(block[0]), groups)
+        packed = torch.zeros(slices.columns.numel())
+        packed[places] = values
+        return slices.block_slices, slices.slice_steps, slices.slice_rows, slices.columns, packed
 
     def to_csr(self) -> CSR:
         """The same weight as compressed rows, fillers dropped."""
@@ -98,14 +116,3 @@ def section_rows(height: int) -> int:
     """The least rows of a section of slices of `height` rows."""
     # Rows that are no multiple of the height leave the last slice of a section part empty.
     return max(_SECTION_ROWS, _SECTION_SLICES * height if height > _LOW_SLICE else 0)
-
-
-def _arranged(
-    crow: Tensor, col: Tensor, values: Tensor, cols: int, block: tuple[int, int], groups: int
-) -> tuple[Tensor, ...]:
-    """The parts for compressed rows."""
-    grid = (crow.numel() - 1, cols)
-    slices, places = arrange(crow, col, grid, block, section_rows(block[0]), groups)
-    packed = torch.zeros(slices.columns.numel())
-    packed[places] = values
-    return slices.block_slices, slices.slice_steps, slices.slice_rows, slices.columns, packed

@@ -127,6 +127,11 @@ SlicedWeight sliced_weight(const KernelInfo& kernel, const Matrix& matrix, int64
     SellArrays arrays = pack_sign(signs, height, block_cols, sections(matrix.rows), edge);
     return {std::move(signs), std::move(arrays)};
   }
+  if (kernel.format == "delta") {
+    // As wide as rows of several jumps, every other time.
+    const int64_t wide = variant % 2 ? 1000 : block_cols;
+    return {matrix, pack_delta(matrix, height, wide, sections(matrix.rows), edge)};
+  }
   return {matrix, pack_sell(matrix, height, block_cols, sections(matrix.rows), edge)};
 }
 

@@ -62,9 +62,13 @@ Slices slices_of(const Matrix& matrix, int64_t block_cols, int64_t num_sections,
 
 SellArrays hold(const Slices& slices, const Matrix& matrix, int64_t slice_height,
                 int64_t block_cols, int64_t num_sections, Edge edge) {
-  SellArrays arrays{{slices.block_slices, edge}, {slices.slice_steps, edge},
-                    {slices.slice_rows, edge},   {slices.columns, edge},
-                    {slices.values, edge},       {}};
+  SellArrays arrays{{slices.block_slices, edge},
+                    {slices.slice_steps, edge},
+                    {slices.slice_rows, edge},
+                    {slices.columns, edge},
+                    {slices.values, edge},
+                    {},
+                    {}};
   arrays.view = {arrays.block_slices.data(),
                  arrays.slice_steps.data(),
                  arrays.slice_rows.data(),
@@ -131,6 +135,45 @@ SellArrays pack_sign(const Matrix& matrix, int64_t slice_height, int64_t block_c
     slices.values.push_back(std::fabs(matrix.values[static_cast<size_t>(m * matrix.cols)]));
   }
   return hold(slices, matrix, slice_height, block_cols, num_sections, edge);
+}
+
+// The columns of SELL become distances, and rows grow by a place for each jump; so does a slice by
+// the most of its rows.
+SellArrays pack_delta(const Matrix& matrix, int64_t slice_height, int64_t block_cols,
+                      int64_t num_sections, Edge edge) {
+  const Slices sell = sell_slices(matrix, slice_height, block_cols, num_sections);
+  const size_t height = static_cast<size_t>(slice_height);
+  Slices slices{sell.block_slices, {0}, sell.slice_rows, {}, {}};
+  std::vector<uint8_t> deltas;
+  for (size_t slice = 0; slice + 1 < sell.slice_steps.size(); ++slice) {
+    std::vector<std::vector<std::pair<uint8_t, float>>> rows(height);
+    size_t steps = 0;
+    for (size_t lane = 0; lane < height; ++lane) {
+      int64_t last = 0;
+      for (int64_t step = sell.slice_steps[slice]; step < sell.slice_steps[slice + 1]; ++step) {
+        const size_t at = static_cast<size_t>(step) * height + lane;
+        const int64_t column = sell.columns[at];
+        if (column == block_cols) break;
+        for (; column - last >= sparselt::kJump; last += sparselt::kJump) {
+          rows[lane].emplace_back(sparselt::kJump, 0.0f);
+        }
+        rows[lane].emplace_back(static_cast<uint8_t>(column - last), sell.values[at]);
+        last = column;
+      }
+      steps = std::max(steps, rows[lane].size());
+    }
+    for (size_t step = 0; step < steps; ++step) {
+      for (const auto& row : rows) {
+        deltas.push_back(step < row.size() ? row[step].first : sparselt::kJump);
+        slices.values.push_back(step < row.size() ? row[step].second : 0.0f);
+      }
+    }
+    slices.slice_steps.push_back(slices.slice_steps.back() + static_cast<int32_t>(steps));
+  }
+  SellArrays arrays = hold(slices, matrix, slice_height, block_cols, num_sections, edge);
+  arrays.deltas = {deltas, edge};
+  arrays.view.deltas = arrays.deltas.data();
+  return arrays;
 }
 
 SellArrays pack_bsell(const Matrix& matrix, int64_t slice_height, int64_t block_cols,

@@ -10,7 +10,7 @@ namespace {
 
 // The last is longer than the chains in which kernels add up.
 constexpr int64_t kShapes[][2] = {{1, 1},    {2, 3},  {5, 7},   {17, 33},
-                                  {33, 131}, {8, 64}, {3, 300}, {21, 90}};
+                                  {33, 131}, {8, 64}, {3, 300}, {21, 900}};
 constexpr double kDensities[] = {0.0, 0.02, 0.1, 0.5, 1.0};
 
 // The columns of x (cols x columns, row-major), and behind them, of the sign format, their

@@ -51,7 +51,7 @@ SparseArrays pack_sparse(const Matrix& matrix, int64_t block_rows, int64_t block
 // The matrix with values of one magnitude a row: what the sign format holds.
 Matrix of_one_magnitude(const Matrix& matrix);
 
-// SELL, its sign format and BSELL.
+// SELL, its sign and delta formats and BSELL.
 struct SellArrays {
   Guarded<int32_t> block_slices;
   Guarded<int32_t> slice_steps;
@@ -59,9 +59,10 @@ struct SellArrays {
   Guarded<uint16_t> columns;
   Guarded<float> values;
   SellView view;
+  Guarded<uint8_t> deltas;
   bool intact() const {
-    return block_slices.intact() && slice_steps.intact() && slice_rows.intact() &&
-           columns.intact() && values.intact();
+    return deltas.intact() && block_slices.intact() && slice_steps.intact() &&
+           slice_rows.intact() && columns.intact() && values.intact();
   }
 };
 SellArrays pack_sell(const Matrix& matrix, int64_t slice_height, int64_t block_cols,
@@ -69,6 +70,8 @@ SellArrays pack_sell(const Matrix& matrix, int64_t slice_height, int64_t block_c
 // Of a matrix `of_one_magnitude`.
 SellArrays pack_sign(const Matrix& matrix, int64_t slice_height, int64_t block_cols,
                      int64_t num_sections, Edge edge);
+SellArrays pack_delta(const Matrix& matrix, int64_t slice_height, int64_t block_cols,
+                      int64_t num_sections, Edge edge);
 SellArrays pack_bsell(const Matrix& matrix, int64_t slice_height, int64_t block_cols,
                       int64_t num_sections, Edge edge);
 
