@@ -26,8 +26,7 @@ int main(int count, char** arguments) {
     if (kernel.device != "cpu") continue;
     const std::string name(kernel.name);
     if (!chosen.empty() && std::find(chosen.begin(), chosen.end(), name) == chosen.end()) continue;
-    const bool has_table = !kernel.depthwise && kernel.op != "band" && kernel.format != "bits" &&
-                           kernel.format != "window";
+    const bool has_table = !kernel.depthwise && kernel.op != "band" && kernel.format != "window";
     const std::string missing = has_table ? ""
                                           : "no table of problems for " + std::string(kernel.op) +
                                                 " of " + std::string(kernel.format);

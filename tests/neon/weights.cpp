@@ -86,4 +86,28 @@ SparseArrays pack_sparse(const Matrix& matrix, int64_t block_rows, int64_t block
   return arrays;
 }
 
+BitsArrays pack_bits(const Matrix& matrix, Edge edge) {
+  const auto chunks =
+      static_cast<size_t>((matrix.cols + sparselt::kMaskBits - 1) / sparselt::kMaskBits);
+  std::vector<int32_t> crow{0};
+  std::vector<uint16_t> masks(static_cast<size_t>(matrix.rows) * chunks);
+  std::vector<float> values;
+  for (int64_t m = 0; m < matrix.rows; ++m) {
+    for (int64_t k = 0; k < matrix.cols; ++k) {
+      const auto at = static_cast<size_t>(m * matrix.cols + k);
+      if (!matrix.stored[at]) continue;
+      const auto chunk = static_cast<size_t>(k / sparselt::kMaskBits);
+      uint16_t& mask = masks[static_cast<size_t>(m) * chunks + chunk];
+      mask = static_cast<uint16_t>(mask | 1 << k % sparselt::kMaskBits);
+      values.push_back(matrix.values[at]);
+    }
+    crow.push_back(static_cast<int32_t>(values.size()));
+  }
+  values.resize(values.size() + sparselt::kMaskBits);
+  BitsArrays arrays{{crow, edge}, {masks, edge}, {values, edge}, {}};
+  arrays.view = {arrays.crow_indices.data(), arrays.masks.data(), arrays.values.data(), matrix.rows,
+                 matrix.cols};
+  return arrays;
+}
+
 }  // namespace neon_test

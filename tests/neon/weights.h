@@ -48,6 +48,16 @@ struct SparseArrays {
 };
 SparseArrays pack_sparse(const Matrix& matrix, int64_t block_rows, int64_t block_cols, Edge edge);
 
+// A bit for each place, and the stored values.
+struct BitsArrays {
+  Guarded<int32_t> crow_indices;
+  Guarded<uint16_t> masks;
+  Guarded<float> values;
+  sparselt::BitsView view;
+  bool intact() const { return crow_indices.intact() && masks.intact() && values.intact(); }
+};
+BitsArrays pack_bits(const Matrix& matrix, Edge edge);
+
 // The matrix with values of one magnitude a row: what the sign format holds.
 Matrix of_one_magnitude(const Matrix& matrix);
 
