@@ -15,112 +15,15 @@
 #include "ops/run_task.h"
 #include "ops/spmm.h"
 #include "ops/spmv.h"
+#include "ops/transpose.h"
 
 namespace sparselt {
 namespace {
 
-constexpr int64_t kBlock = 16;  // rows and columns of a transpose: 16 cache lines in, 16 out
+using transpose::Places;
+using transpose::Transpose;
+
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
-
-// Where the elements of a matrix (features, batch) lie: as in memory, or in panels.
-class Places {
- public:
-  Places(int64_t features, int64_t batch)
-      : floats_(features * batch),
-        vector_(kBlock),
-        row_(batch),
-        period_(std::max<int64_t>(1, features)) {}
-  explicit Places(const PanelLayout& panels)
-      : floats_(panels.floats()),
-        vector_(panels.vector_floats()),
-        row_(kBlock),
-        period_(panels.period),
-        zeros_(panels.periods()) {}
-
-  int64_t floats() const { return floats_; }
-  // Of a feature, for the 16 samples of a vector.
-  int64_t at(int64_t feature, int64_t vector) const {
-    return vector * vector_ + (feature + feature / period_) * row_;
-  }
-  int64_t rows_of_zeros() const { return zeros_; }
-  int64_t row_of_zeros(int64_t i, int64_t vector) const {
-    return vector * vector_ + ((i + 1) * (period_ + 1) - 1) * row_;
-  }
-
- private:
-  int64_t floats_;
-  int64_t vector_;
-  int64_t row_;
-  int64_t period_;
-  int64_t zeros_ = 0;
-};
-
-// Between torch's (batch, features) and such a matrix, in parts of whole blocks of features.
-class Transpose {
- public:
-  Transpose(const Team& team, int64_t features, int64_t batch, const Places& places)
-      : features_(features),
-        batch_(batch),
-        vectors_((batch + kBlock - 1) / kBlock),
-        blocks_((features + kBlock - 1) / kBlock),
-        parts_(copying_parts(team, blocks_, batch * kBlock)),
-        places_(places) {}
-
-  int64_t parts() const { return parts_; }
-  int64_t floats() const { return whole_lines(places_.floats()); }
-
-  void from_torch(int64_t part, const float* x, float* matrix) const {
-    visit(part, [&](int64_t feature, int64_t vector, int64_t lanes) {
-      float* to = matrix + places_.at(feature, vector);
-      const float* from = x + vector * kBlock * features_ + feature;
-      for (int64_t lane = 0; lane < lanes; ++lane) to[lane] = from[lane * features_];
-      // Panels have their lanes in full.
-      for (int64_t lane = lanes; places_.rows_of_zeros() > 0 && lane < kBlock; ++lane) to[lane] = 0;
-    });
-    for (int64_t i = part; i < places_.rows_of_zeros(); i += parts_) {
-      for (int64_t vector = 0; vector < vectors_; ++vector) {
-        std::fill_n(matrix + places_.row_of_zeros(i, vector), kBlock, 0.0f);
-      }
-    }
-  }
-
-  // y = clamp(matrix^T + residual).
-  void to_torch(int64_t part, const float* matrix, const Epilogue& e, float* y) const {
-    visit(part, [&](int64_t feature, int64_t vector, int64_t lanes) {
-      const float* from = matrix + places_.at(feature, vector);
-      for (int64_t lane = 0; lane < lanes; ++lane) {
-        const int64_t to = (vector * kBlock + lane) * features_ + feature;
-        float value = from[lane];
-        if (e.residual) value += e.residual[to];
-        value = value < e.lower ? e.lower : value;  // written so that a NaN stays a NaN
-        y[to] = value > e.upper ? e.upper : value;
-      }
-    });
-  }
-
- private:
-  // Calls run(feature, vector, lanes) for all of a part, block by block.
-  template <class Run>
-  void visit(int64_t part, const Run& run) const {
-    const Range blocks = even_range(blocks_, part, parts_);
-    for (int64_t block = blocks.begin; block < blocks.end; ++block) {
-      const int64_t last = std::min(features_, (block + 1) * kBlock);
-      for (int64_t vector = 0; vector < vectors_; ++vector) {
-        const int64_t lanes = std::min(kBlock, batch_ - vector * kBlock);
-        for (int64_t feature = block * kBlock; feature < last; ++feature) {
-          run(feature, vector, lanes);
-        }
-      }
-    }
-  }
-
-  int64_t features_;
-  int64_t batch_;
-  int64_t vectors_;
-  int64_t blocks_;
-  int64_t parts_;
-  Places places_;
-};
 
 // The product between two transposes, but for values that already lie in panels.
 class TransposedTask final : public Task {
