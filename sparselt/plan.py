@@ -42,6 +42,9 @@ _KERNEL_OP = {"spmm": "spmm", "linear": "spmm", "conv1d": "conv2d", "conv2d": "c
 _PAYS_BELOW_SCALAR = 0.05
 _PAYS_BELOW_ONE_COLUMN = 0.15
 
+# These kernels read the weight once for each tile of columns.
+_SPMV_TURNS = 2
+
 # Generated code takes its time to read, so it wants many columns to be run for.
 _CODE_COLUMNS = 512
 
@@ -214,8 +217,9 @@ def _refusal(facts: Facts, kernel: KernelInfo) -> str:
         return f"computes {kernel.dtype}, the weight is {facts.dtype}"
     if unfit := misfit(facts, kernel):
         return unfit
-    if kernel.op == "spmv" and (facts.columns is None or facts.columns > kernel.tile_columns):
-        return f"is for at most {kernel.tile_columns} columns"
+    most = _SPMV_TURNS * kernel.tile_columns
+    if kernel.op == "spmv" and (facts.columns is None or facts.columns > most):
+        return f"is for at most {most} columns"
     if kernel.op == "code" and facts.columns is not None and facts.columns < _CODE_COLUMNS:
         return f"is for at least {_CODE_COLUMNS} columns"
     if kernel.format not in FORMATS:
