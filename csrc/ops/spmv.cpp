@@ -61,11 +61,13 @@ class SpmvTask final : public Task {
     const int64_t groups = (columns + most - 1) / most;
     const int64_t rows = w.num_blocks * block_rows_;
     for (int64_t group = 0; group < groups; ++group) {
-      // Even groups: sixteen columns and one more would pay for 32.
-      const Range some = even_range(columns, group, groups);
-      const int64_t count = some.end - some.begin;
-      const int64_t lanes = count == 1 ? 1 : (count <= 4 ? 4 : (count <= 8 ? 8 : 16));
-      groups_.push_back({some.begin, count, lanes, floats_});
+      // Whole groups, and then what is left, which may want fewer lanes.
+      const int64_t first = group * most;
+      const int64_t count = std::min(most, columns - first);
+      // Kernels store one lane to rows that follow each other.
+      const bool single = count == 1 && y_layout.row_stride == 1;
+      const int64_t lanes = single ? 1 : (count <= 4 ? 4 : (count <= 8 ? 8 : 16));
+      groups_.push_back({first, count, lanes, floats_});
       floats_ += whole_lines(rows * lanes);
     }
     laying_parts_ = copying_parts(team, groups, groups ? floats_ / groups : 0);
