@@ -8,6 +8,7 @@ import resource
 import statistics
 import time
 from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
 
 import torch
 
@@ -24,8 +25,10 @@ _PATIENCE = 4
 _STEADY = 1.3
 # From this length of a call on, its spread is small against it and fewer rounds do.
 _LONG_CALL_US = 3000.0
-# A long call is interrupted on a quiet machine too, up to so often; by a busy program, every 3 ms.
+# A call as long as this is interrupted on a quiet machine too, for moments: less than this share of
+# its time; by a busy program, half of it. Where the system tells no times, so often at most.
 _QUIET_US = 10_000.0
+_WAITED_SHARE = 0.1
 # A call whose best is so many times another's worst has lost; the first where either ran once only.
 _LOST_AT_ONCE = 3.0
 _LOST = 1.5
@@ -82,7 +85,7 @@ def measure(
             for name, call in running if rounds % 2 == 0 else reversed(running):
                 if prepare is not None:
                     prepare()
-                us, undisturbed = _timed(call, finish)
+                us, undisturbed = _timed(call, finish, least_us[name])
                 if undisturbed:
                     spent[name].append(us)
                 least_us[name] = min(least_us[name], us)
@@ -101,21 +104,44 @@ def measure(
 
 
 def _timed(
-    call: Callable[[], object], finish: Callable[[], object] | None = None
+    call: Callable[[], object],
+    finish: Callable[[], object] | None = None,
+    usual_us: float = math.inf,
 ) -> tuple[float, bool]:
-    """The microseconds of a call, and whether other programs left it alone."""
+    """The microseconds of a call, and whether other programs left it alone.
+
+    A call that lost its core is long for that alone: only one that usually is may be interrupted.
+    """
+    is_long = usual_us >= _QUIET_US
+    waited_us = _waited_us() if is_long else None
     interruptions = _interruptions()
     begin = time.perf_counter_ns()
     call()
     if finish is not None:
         finish()
     us = (time.perf_counter_ns() - begin) / 1e3
-    return us, _interruptions() - interruptions <= us / _QUIET_US
+    interruptions = _interruptions() - interruptions
+    if interruptions == 0 or not is_long:
+        return us, interruptions == 0
+    now_us = _waited_us()
+    if waited_us is None or now_us is None:
+        return us, interruptions <= us / _QUIET_US
+    return us, now_us - waited_us <= _WAITED_SHARE * us
 
 
 def _interruptions() -> int:
     """How often the system took a core away from a thread of this process."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
+
+
+def _waited_us() -> float | None:
+    """How long threads of this process were ready and had no core; None where nothing tells."""
+    try:
+        files = Path("/proc/self/task").glob("*/schedstat")
+        waits = [int(file.read_text().split()[1]) for file in files]
+    except (OSError, ValueError, IndexError):
+        return None
+    return sum(waits) / 1e3 if waits else None
 
 
 def glance(

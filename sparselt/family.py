@@ -46,8 +46,9 @@ Bucket = tuple[tuple[int, ...], ...]
 
 # A network this many times as slow all dense needs no second look.
 _CLEAR = 1.5
-# Nor does one whose layers took so many times as long dense, each by itself.
-_CLEAR_LAYERS = 2.0
+# Nor does one whose layers took so many times as long dense, each by itself and in torch: prepacked
+# they take 0.4 of that at best.
+_CLEAR_LAYERS = 2.5
 # Nor a batch by the kernels of one sample that is so many times as slow as its samples one by one.
 _CLEAR_EACH = 1.3
 # What a choice is between; the first of them is taken where times are about the same.
@@ -164,7 +165,7 @@ class Family:
     ) -> bool:
         """Whether there is no need to plan the batch; both must have run."""
         calls = _calls(_WAYS[::-1], (each, alike), leaves)
-        return _gains_clearly(each.plans.values()) and self.tuner.is_clear(
+        return self._gains_clearly(each.plans.values()) and self.tuner.is_clear(
             calls, place, _CLEAR_EACH, warm=True
         )
 
@@ -202,18 +203,34 @@ class Family:
         known = self.known.get(key)
         own = dict(packed)
         lowered = self._lower(leaves, self.tuner, own, known)
+        if self.tuner.forget_doubtful():
+            own = dict(packed)
+            lowered = self._lower(leaves, self.tuner, own, known)
         if key in self.prepacked:
             found = self._prepacked(lowered, self.prepacked_weights)
             if found is not None:
                 return found
         planned = self._planned(lowered, leaves)
         is_open = known is None and not self.tuner.is_forced
-        if is_open and not _gains_clearly(lowered.plans.values()):
+        if is_open and not self._gains_clearly(lowered.plans.values()):
             other = self._faster_whole(leaves, planned, packed)
             if other is not None:
                 return other
         packed.update(own)
         return planned
+
+    def _gains_clearly(self, plans: Iterable[Plan]) -> bool:
+        """Whether the layers' times leave no doubt about the whole, which takes long to measure."""
+        if self.tuner.is_doubtful:
+            return False
+        dense_us = chosen_us = 0.0
+        for plan in plans:
+            if plan.dense_us is not None:
+                dense_us += plan.dense_us
+                chosen_us += plan.dense_us if plan.is_dense else plan.sparse_us or 0.0
+            elif not plan.is_dense:
+                return False
+        return dense_us > _CLEAR_LAYERS * chosen_us
 
     def _faster_whole(
         self, leaves: Sequence[Any], planned: Planned, packed: dict[tuple[Any, ...], Any]
@@ -324,18 +341,6 @@ class Family:
         if self._returns_a_tensor():
             return lambda leaves: flat(leaves)[0]
         return lambda leaves: pytree.tree_unflatten(flat(leaves), spec)
-
-
-def _gains_clearly(plans: Iterable[Plan]) -> bool:
-    """Whether the layers' own times leave no doubt about the whole; measuring it takes a while."""
-    dense_us = chosen_us = 0.0
-    for plan in plans:
-        if plan.dense_us is not None:
-            dense_us += plan.dense_us
-            chosen_us += plan.dense_us if plan.is_dense else plan.sparse_us or 0.0
-        elif not plan.is_dense:
-            return False
-    return dense_us > _CLEAR_LAYERS * chosen_us
 
 
 def _calls(

@@ -117,6 +117,7 @@ class Tuner:
         self._times: dict[tuple[object, ...], dict[str, float]] = {}
         self._cache = TimesCache()
         self._recalled: set[tuple[object, ...]] = set()
+        self._doubtful: set[tuple[object, ...]] = set()
         self._flush = torch.empty(0)
         if self.cold:
             # Each thread reads its share, which must displace all of its core's cache.
@@ -168,6 +169,18 @@ class Tuner:
     def is_forced(self) -> bool:
         """Whether SPARSELT_KERNEL or the format leaves nothing to choose."""
         return bool(forced_kernel()) or self.format != "auto"
+
+    @property
+    def is_doubtful(self) -> bool:
+        """Whether other programs disturbed the times of some layer."""
+        return bool(self._doubtful)
+
+    def forget_doubtful(self) -> bool:
+        """Drops disturbed times, so that they are taken again; whether there were any."""
+        found = bool(self._doubtful)
+        while self._doubtful:
+            del self._times[self._doubtful.pop()]
+        return found
 
     def dense(self) -> Tuner:
         """A tuner that plans every layer dense, with the times that this one has measured."""
@@ -297,6 +310,8 @@ class Tuner:
         times, settled = self._time(module, mask, pool, inputs)
         if settled:
             self._cache.put(place, times)
+        else:
+            self._doubtful.add(key)
         return times
 
     @staticmethod

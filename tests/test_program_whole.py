@@ -57,6 +57,25 @@ def test_a_network_whose_layers_gain_clearly_is_not_measured_again(monkeypatch):
     assert not [note for note in explanation.notes if "whole" in note]
 
 
+@pytest.mark.parametrize(("disturbed", "notes"), [(1, 0), (99, 1)])
+def test_disturbed_layers_are_timed_once_more_and_leave_the_whole_in_doubt(
+    monkeypatch, disturbed, notes
+):
+    favour(monkeypatch, "all dense", layer_us=3.0)
+    settled = []
+
+    def is_settled(_):
+        settled.append(len(settled) >= disturbed)
+        return settled[-1]
+
+    monkeypatch.setattr("sparselt.tune.is_settled", is_settled)
+    model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU())
+    program = sparselt.compile(prune_randomly(model, 0.1), torch.ones(2, 64))
+    # The last is of the whole network.
+    assert len(settled) == 2 + notes
+    assert len([note for note in sparselt.explain(program).notes if "whole" in note]) == notes
+
+
 def test_a_network_without_sparse_layers_is_not_measured_twice(monkeypatch):
     favour(monkeypatch, "all dense")
     program = sparselt.compile(torch.nn.Linear(8, 8), torch.ones(2, 8))
