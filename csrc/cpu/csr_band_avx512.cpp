@@ -34,19 +34,53 @@ inline __mmask16 first_lanes(int64_t count) {
   return count < kLanes ? static_cast<__mmask16>((1u << count) - 1) : kAllLanes;
 }
 
-void copy_lines(const LineCopy& copy) {
+// `kVectors` of each line from `column` on, the last one with the lanes of `last`, all of them if
+// not `kMasked`: what a masked store writes cannot be forwarded to a load, so multiply-adds would
+// wait until the lines that another core wrote are there. For the same reason a line is so few
+// instructions: the more lines are asked for at a time, the better.
+template <int kVectors, bool kMasked>
+void copy_columns(const LineCopy& copy, int64_t column, __mmask16 last) {
+  const __m512 zero = _mm512_setzero_ps();
+  const auto store = [&](float* to, int v, __m512 value) {
+    if (kMasked && v == kVectors - 1) return _mm512_mask_storeu_ps(to + v * kLanes, last, value);
+    _mm512_storeu_ps(to + v * kLanes, value);
+  };
+  const int64_t above = copy.first < 0 ? -copy.first : 0;
+  const int64_t inside = copy.height - copy.first;  // lines before the first one below
   for (int64_t c = 0; c < copy.channels; ++c) {
-    for (int64_t i = 0; i < copy.lines; ++i) {
-      const int64_t line = copy.first + i;
-      const bool inside = line >= 0 && line < copy.height;
-      const float* from = copy.from + c * copy.from_stride + (inside ? line * copy.width : 0);
-      float* to = copy.to + c * copy.to_stride + i * copy.pitch;
-      for (int64_t j = 0; j < copy.width; j += kLanes) {
-        const __mmask16 mask = first_lanes(copy.width - j);
-        const __mmask16 read = inside ? mask : __mmask16{0};
-        _mm512_mask_storeu_ps(to + j, mask, _mm512_maskz_loadu_ps(read, from + j));
+    const float* from = copy.from + c * copy.from_stride + column + copy.first * copy.width;
+    float* to = copy.to + c * copy.to_stride + column;
+    for (int64_t i = 0; i < copy.lines; ++i, from += copy.width, to += copy.pitch) {
+      SPARSELT_UNROLL
+      for (int v = 0; v < kVectors; ++v) {
+        if (i < above || i >= inside) {
+          store(to, v, zero);
+        } else if (kMasked && v == kVectors - 1) {
+          store(to, v, _mm512_maskz_loadu_ps(last, from + v * kLanes));
+        } else {
+          store(to, v, _mm512_loadu_ps(from + v * kLanes));
+        }
       }
     }
+  }
+}
+
+template <int kVectors>
+void copy_some(const LineCopy& copy, int64_t column, __mmask16 last) {
+  if (last == kAllLanes) return copy_columns<kVectors, false>(copy, column, last);
+  copy_columns<kVectors, true>(copy, column, last);
+}
+
+void copy_lines(const LineCopy& copy) {
+  for (int64_t column = 0; column < copy.width;) {
+    const int64_t vectors = (copy.width - column + kLanes - 1) / kLanes;
+    const int64_t some = vectors < kLineVectors ? vectors : kLineVectors;
+    const __mmask16 last = first_lanes(copy.width - column - (some - 1) * kLanes);
+    if (some == 1) copy_some<1>(copy, column, last);
+    if (some == 2) copy_some<2>(copy, column, last);
+    if (some == 3) copy_some<3>(copy, column, last);
+    if (some == 4) copy_some<4>(copy, column, last);
+    column += some * kLanes;
   }
 }
 
