@@ -153,7 +153,7 @@ def bench_work(
         for weight in weights:
             others = {_CSR: _csr_engine(work, weight.values)} if csr else {}
             for way in ways:
-                plan, run, in_panels = _chosen(work, weight, way, dense["torch_dense"])
+                plan, run, in_panels = _chosen(work, weight, way)
                 others[way] = run
                 rows.append(_row(work, weight, way, plan, threads, in_panels))
             named = {f"{name}{weight.name}": run for name, run in others.items()}
@@ -204,9 +204,7 @@ def _add_times(row: Row, work: Work, weight: Weights, times: Mapping[str, Timing
     }
 
 
-def _chosen(
-    work: Work, weight: Weights, way: str, dense: Callable[[], Any]
-) -> tuple[Plan, Callable[[], Any], int]:
+def _chosen(work: Work, weight: Weights, way: str) -> tuple[Plan, Callable[[], Any], int]:
     """The plan, its call, and how many of the layer's values are in panels."""
     if work.op == "spmm":
         return (*_chosen_product(work, weight), 0)
@@ -218,7 +216,7 @@ def _chosen(
         program = MiddleLayer(module, weight.mask, plan, work.x)
         return plan, program, program.in_panels
     if plan.is_dense:
-        return plan, dense, 0
+        return plan, lambda: apply_dense(work.op, work.layer, weight.values, work.x), 0
     sparse = SPARSE_LAYERS[type(module)](module, plan, weight.mask)
     return plan, lambda: sparse(work.x), 0
 
