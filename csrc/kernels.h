@@ -141,6 +141,7 @@ struct SellView {
   CodeView code{};
   bool mirrored = false;            // whether columns find the negative of x too (sign)
   const uint8_t* deltas = nullptr;  // of delta, in place of columns
+  bool shared_columns = false;      // whether the rows of a step share its column (BSELL)
 };
 
 // The bits format: the stored values of each row in order, and which columns they are of. Bit c %
@@ -188,9 +189,9 @@ struct PanelRows {
 // What a panel of up to kMaxPanelVectors * 16 output columns (or pixels) reads and writes. Column k
 // of the weight is tap k % taps of channel k / taps, and meets the values at x + (k / taps) *
 // channel_stride plus the tap's pieces; lanes in no piece are zero (padding, or beyond the last
-// column). Where `loads` is null, x lies in panels as a kernel would copy it: column c of block b
-// is the 16 floats at x + (b * (block_cols + 1) + c) * 16 of each vector, aligned to 64 bytes, and
-// c = block_cols is zeros. ops/panels.h makes these.
+// column). Where `loads` is null, x is read where it lies: column c of block b of vector v is the
+// 16 floats at x + x_places[v] + b * x_block_stride + c * 16, aligned to 64 bytes, and the column
+// that short rows are filled up with is zeros. ops/panels.h and ops/image_panels.h make these.
 struct Panel {
   const float* x;
   int64_t channel_stride;
@@ -199,7 +200,8 @@ struct Panel {
   const Piece* loads;        // `vectors` pieces a tap, one for each vector in order
   const Piece* extra_loads;  // further pieces of vectors that one piece does not cover
   const int32_t* tap_extra;  // taps + 1: the tap's first extra piece
-  int64_t x_vector_stride;   // from a vector to the next where x lies in panels
+  const int64_t* x_places;   // in floats; one a vector
+  int64_t x_block_stride;
   float* y;
   PanelRows y_rows;
   PanelRows residual_rows;  // of epilogue.residual

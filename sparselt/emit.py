@@ -54,7 +54,8 @@ def _layer(build: Builder, node: fx.Node) -> Shaped:
     x = build.tensor(node.args[0])
     residual = build.tensor(node.args[1]) if len(node.args) > 1 else None
     if isinstance(layer, DenseStep):
-        panels = few_channels_in_panels(layer.module) if len(x.shape) == 4 else None
+        images = build.program.images_innermost
+        panels = few_channels_in_panels(layer.module, images) if len(x.shape) == 4 else None
         if panels is None:
             return _dense(build, layer, x, residual)
         panels.lower, panels.upper = layer.lower, layer.upper

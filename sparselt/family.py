@@ -1,20 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A captured graph, and how it runs at each size: as a batch or one sample after the other, layer
-by layer as planned or dense as a whole.
+"""A captured graph, and how it runs at each size: as a batch or in parts, layer by layer as planned
+or dense as a whole.
 
 Layers are timed one at a time, which misses what they do to one another. So the network as planned
 is timed against the same network all dense once more, as torch runs it and with prepacked weights,
 and the fastest wins. A batch
 whose activations do not fit a core's cache is timed against as many runs of the network that is
-planned for one sample. That choice is made once for all numbers of threads, since kernels for one
-sample may round otherwise.
+planned for one sample, and against runs of 16 images, innermost. That choice is made once for all
+numbers of threads, since the kernels may round otherwise.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any
@@ -30,10 +30,11 @@ from torch.utils import _pytree as pytree
 from sparselt.builder import LAYER, operation
 from sparselt.capture import Captured, CaptureError
 from sparselt.cuda_graph import graphed
+from sparselt.images import IMAGES, GroupsOfImages, is_worth_grouping
 from sparselt.lowering import Lowered, lower
 from sparselt.native import nativize
 from sparselt.plan import DENSE, Plan
-from sparselt.planned import Planned, Run, Straight
+from sparselt.planned import Planned, Run, Straight, as_dense, gains_clearly
 from sparselt.prepacked import prepack
 from sparselt.samples import EachSample, agree, first_samples, may_run_each, only_segment
 from sparselt.shapes import copied, propagate
@@ -46,14 +47,12 @@ Bucket = tuple[tuple[int, ...], ...]
 
 # A network this many times as slow all dense needs no second look.
 _CLEAR = 1.5
-# Nor does one whose layers took so many times as long dense, each by itself and in torch: prepacked
-# they take 0.4 of that at best.
-_CLEAR_LAYERS = 2.5
-# Nor a batch by the kernels of one sample that is so many times as slow as its samples one by one.
-_CLEAR_EACH = 1.3
+# Nor a batch by the kernels of one sample that is so many times as slow as in parts.
+_CLEAR_PARTS = 1.3
 # What a choice is between; the first of them is taken where times are about the same.
 _WHOLES = ("planned", "all dense", "prepacked")
-_WAYS = ("as a batch", "one by one")
+_WAYS = ("as a batch", "in parts")
+_PARTS = ("one by one", "images innermost")
 
 
 class Family:
@@ -64,7 +63,7 @@ class Family:
         tuner: plans and times.
         shelf: where weights are that no plan reads as they are.
         known: plans made before, by bucket and node name.
-        each: the buckets of these that run one sample after the other.
+        together: of the buckets that run in parts, how many samples are one.
         prepacked: those that run dense with prepacked weights.
     """
 
@@ -74,14 +73,14 @@ class Family:
         tuner: Tuner,
         shelf: Shelf,
         known: Mapping[Bucket, Mapping[str, Plan]] | None = None,
-        each: Collection[Bucket] = (),
+        together: Mapping[Bucket, int] | None = None,
         prepacked: Collection[Bucket] = (),
     ) -> None:
         self.captured = captured
         self.tuner = tuner
         self.shelf = shelf
         self.known = known or {}
-        self.each = each
+        self.together = together or {}
         self.prepacked = prepacked
         self.packed: dict[tuple[Any, ...], Any] = {}
         self.prepacked_weights: dict[str, Tensor] = {}
@@ -111,7 +110,7 @@ class Family:
 
     def read(self) -> Iterator[Tensor]:
         """The weights that some plan reads as they are."""
-        for planned in self.planned.values():
+        for planned in self._all_planned():
             yield from planned.constants
             for row, index in zip(planned.lowered.rows, planned.lowered.weights, strict=True):
                 if index is not None and row.kernel == DENSE:
@@ -119,20 +118,29 @@ class Family:
 
     def packed_weights(self) -> Iterator[Tensor]:
         """The weights of which some plan reads packed copies."""
-        for planned in self.planned.values():
+        for planned in self._all_planned():
             for row, index in zip(planned.lowered.rows, planned.lowered.weights, strict=True):
                 if index is not None and row.kernel != DENSE:
                     yield self.captured.constants[index]
 
+    def _all_planned(self) -> Iterator[Planned]:
+        for planned in self.planned.values():
+            yield planned
+            if planned.besides is not None:
+                yield planned.besides
+
     def _plan(self, key: Bucket, leaves: Sequence[Any]) -> Planned:
-        """As a batch, or one sample after the other."""
+        """As a batch, or in parts."""
         sample = first_samples(leaves)
         if sample is None or not self.captured.accepts(sample, self.captured.input_spec):
             return self._plan_layers(key, leaves, self.packed)
         if key in self.known:
-            if key not in self.each:
+            if key not in self.together:
                 return self._plan_layers(key, leaves, self.packed)
-            return self._one_by_one(self._plan_layers(key, sample, self.packed))
+            one = self._plan_layers(key, sample, self.packed)
+            in_images = self.together[key] == IMAGES
+            images = self._in_images(one, leaves, self.packed) if in_images else None
+            return images or self._one_by_one(one)
         if self.tuner.is_forced or not self._may_run_each(leaves):
             return self._plan_layers(key, leaves, self.packed)
         place = ("samples", self._kind, _sizes(leaves))
@@ -142,31 +150,31 @@ class Family:
         own = self.bucket(sample)
         packed = dict(self.packed)
         one = self.planned[own] if own in self.planned else self._plan_layers(own, sample, packed)
-        each = self._one_by_one(one)
+        parts = self._in_parts(one, leaves, packed)
         lowered = self._lower(leaves, self.tuner, packed, one.plans)
         alike = self._planned(lowered, leaves)
         if one.prepacked:
             alike = self._prepacked(lowered, dict(self.prepacked_weights)) or alike
         with torch.inference_mode():
-            same = agree(alike.run, each.run, leaves)
+            same = agree(alike.run, parts.run, leaves)
         if not same:
             return self._plan_layers(key, leaves, self.packed)
-        if best is None and not self._is_clear(each, alike, place, leaves):
+        if best is None and not self._is_clear(parts, alike, place, leaves):
             batch = self._plan_layers(key, leaves, self.packed)
-            calls = _calls(_WAYS, (batch, each), leaves)
+            calls = _calls(_WAYS, (batch, parts), leaves)
             if self.tuner.fastest(calls, place) == _WAYS[0]:
                 return batch
-        note = f"samples run one after the other: {self.tuner.told(place)}"
         self.packed.update(packed)
-        return replace(each, note=f"{one.note}; {note}" if one.note else note)
+        notes = [one.note, parts.note, f"a batch runs in parts: {self.tuner.told(place)}"]
+        return replace(parts, note="; ".join(note for note in notes if note))
 
     def _is_clear(
-        self, each: Planned, alike: Planned, place: object, leaves: Sequence[Any]
+        self, parts: Planned, alike: Planned, place: object, leaves: Sequence[Any]
     ) -> bool:
         """Whether there is no need to plan the batch; both must have run."""
-        calls = _calls(_WAYS[::-1], (each, alike), leaves)
-        return self._gains_clearly(each.plans.values()) and self.tuner.is_clear(
-            calls, place, _CLEAR_EACH, warm=True
+        calls = _calls(_WAYS[::-1], (parts, alike), leaves)
+        return self._gains_clearly(parts.plans.values()) and self.tuner.is_clear(
+            calls, place, _CLEAR_PARTS, warm=True
         )
 
     @cached_property
@@ -192,9 +200,40 @@ class Family:
         count = next(leaf.shape[0] for leaf in leaves if isinstance(leaf, Tensor))
         return may_run_each(module.graph, count, cache_bytes())
 
+    def _in_parts(
+        self, one: Planned, leaves: Sequence[Any], packed: dict[tuple[Any, ...], Any]
+    ) -> Planned:
+        """One sample after the other, or images innermost."""
+        each = replace(self._one_by_one(one), note="")
+        images = self._in_images(one, leaves, packed)
+        if images is None:
+            return each
+        with torch.inference_mode():
+            images.run(leaves)  # which generates code
+        place = ("images", self._kind, _sizes(leaves))
+        best = self.tuner.fastest(_calls(_PARTS, (each, images), leaves), place)
+        chosen = images if best == _PARTS[1] else each
+        return replace(chosen, note=f"parts are {best}: {self.tuner.told(place)}")
+
     def _one_by_one(self, one: Planned) -> Planned:
         each = EachSample(one.module, one.constants)
-        return replace(one, run=self._as_result(each), each=True)
+        return replace(one, run=self._as_result(each), together=1)
+
+    def _in_images(
+        self, one: Planned, leaves: Sequence[Any], packed: dict[tuple[Any, ...], Any]
+    ) -> Planned | None:
+        """In groups of images; None where these are few, or no layer can run so."""
+        some = first_samples(leaves, IMAGES)
+        if some is None or not is_worth_grouping(some):
+            return None
+        lowered = self._lower(some, self.tuner.in_images(), packed, None)
+        if all(row.kernel == DENSE for row in lowered.rows):
+            return None
+        module = nativize(lowered.module, images_innermost=True)
+        _, kept = self._flat(lowered, module)
+        each = EachSample(one.module, one.constants)
+        run = self._as_result(GroupsOfImages(EachSample(module, kept), each))
+        return Planned(lowered, module, kept, run, plans=one.plans, together=IMAGES, besides=one)
 
     def _plan_layers(
         self, key: Bucket, leaves: Sequence[Any], packed: dict[tuple[Any, ...], Any]
@@ -221,16 +260,7 @@ class Family:
 
     def _gains_clearly(self, plans: Iterable[Plan]) -> bool:
         """Whether the layers' times leave no doubt about the whole, which takes long to measure."""
-        if self.tuner.is_doubtful:
-            return False
-        dense_us = chosen_us = 0.0
-        for plan in plans:
-            if plan.dense_us is not None:
-                dense_us += plan.dense_us
-                chosen_us += plan.dense_us if plan.is_dense else plan.sparse_us or 0.0
-            elif not plan.is_dense:
-                return False
-        return dense_us > _CLEAR_LAYERS * chosen_us
+        return not self.tuner.is_doubtful and gains_clearly(plans)
 
     def _faster_whole(
         self, leaves: Sequence[Any], planned: Planned, packed: dict[tuple[Any, ...], Any]
@@ -271,7 +301,7 @@ class Family:
         packed.update(own if not other.prepacked else {})
         self.prepacked_weights.update(weights if other.prepacked else {})
         other.note = f"the whole network runs dense: {told}"
-        return _as_dense(other, lowered)
+        return as_dense(other, lowered)
 
     def _lower(
         self,
@@ -351,27 +381,3 @@ def _calls(
 
 def _sizes(leaves: Sequence[Any]) -> list[Any]:
     return [tuple(x.shape) if isinstance(x, Tensor) else x for x in leaves]
-
-
-def _as_dense(whole: Planned, planned: Lowered) -> Planned:
-    """A dense network with the rows and plans of the same as planned, all dense now."""
-    reason = "stays dense: the whole network measured no faster with sparse layers"
-    # A dense program is to be dense again where it is loaded.
-    whole.plans = {name: _dense_plan(plan, reason) for name, plan in planned.plans.items()}
-    whole.lowered.rows = [
-        row
-        if row.kernel == DENSE
-        else replace(
-            row,
-            kernel=DENSE,
-            format=DENSE,
-            reason=reason,
-            plan=None if row.plan is None else replace(row.plan, kernel=DENSE, format=DENSE),
-        )
-        for row in planned.rows
-    ]
-    return whole
-
-
-def _dense_plan(plan: Plan, reason: str) -> Plan:
-    return plan if plan.is_dense else replace(plan, kernel=DENSE, format=DENSE, reason=reason)

@@ -56,11 +56,13 @@ class Segment:
     Args:
         graph: its nodes; placeholders for what comes from outside.
         pool: of the arenas of all segments of a network.
+        images_innermost: whether its programs keep the images of a batch innermost.
     """
 
-    def __init__(self, graph: fx.Graph, pool: ArenaPool) -> None:
+    def __init__(self, graph: fx.Graph, pool: ArenaPool, images_innermost: bool = False) -> None:
         self.torch = fx.GraphModule({}, graph)
         self.pool = pool
+        self.images_innermost = images_innermost
         self.inputs = [node for node in graph.nodes if node.op == "placeholder"]
         self.nodes = [node for node in graph.nodes if node.op.startswith("call_")]
         self.outputs = next(node for node in graph.nodes if node.op == "output").args[0]
@@ -113,7 +115,7 @@ class SegmentProgram:
 
     def __init__(self, segment: Segment, values: Sequence[Any]) -> None:
         self.threads = torch.get_num_threads()
-        self.native = NativeProgram(self.threads, segment.pool)
+        self.native = NativeProgram(self.threads, segment.pool, segment.images_innermost)
         build = Builder(self.native)
         for node, value in zip(segment.inputs, values, strict=True):
             build.add_input(node, tuple(value.shape) if isinstance(value, Tensor) else value)
@@ -155,17 +157,19 @@ class SegmentProgram:
         return y
 
     def run_each(self, values: Sequence[Any], of_samples: Sequence[bool]) -> list[Tensor]:
-        """The results for each of several samples, put together; the program is one for one sample.
+        """The results for each of several samples, put together.
 
         Args:
             values: tensors, and whole numbers.
-            of_samples: which of them are of all samples, along the first dimension.
+            of_samples: which of them are of all samples, along the first dimension: of a multiple
+                of those that the program is for.
         """
         given = zip(values, of_samples, strict=True)
         inputs = [(x.contiguous(), each) for x, each in given if isinstance(x, Tensor)]
-        count = next(x.shape[0] for x, each in inputs if each)
+        samples = next(x.shape[0] for x, each in inputs if each)
+        count = samples // self.shapes[0][0]
         outputs = [
-            torch.empty((count, *shape[1:]), dtype=torch.float32, device="cpu")
+            torch.empty((samples, *shape[1:]), dtype=torch.float32, device="cpu")
             for shape in self.shapes
         ]
         sources = [(x.data_ptr(), x.numel() // count if each else 0) for x, each in inputs]
@@ -240,11 +244,12 @@ def _is_plain(value: Any) -> bool:
     )
 
 
-def nativize(module: fx.GraphModule) -> fx.GraphModule:
+def nativize(module: fx.GraphModule, images_innermost: bool = False) -> fx.GraphModule:
     """A graph whose native stretches are calls of segments; the same module where there are none.
 
     Args:
         module: lowered, with `meta["val"]` on its nodes; not changed.
+        images_innermost: see `Segment`.
     """
     nodes = [node for node in module.graph.nodes if node.op.startswith("call_")]
     native: set[fx.Node] = set()
@@ -264,7 +269,7 @@ def nativize(module: fx.GraphModule) -> fx.GraphModule:
             places[node] = graph.node_copy(node, places.__getitem__)
     for group in groups:
         if group in useful:
-            _call_segment(graph, places, group, pool)
+            _call_segment(graph, places, group, pool, images_innermost)
         else:
             for node in group:
                 places[node] = graph.node_copy(node, places.__getitem__)
@@ -356,7 +361,11 @@ def _groups(
 
 
 def _call_segment(
-    graph: fx.Graph, places: dict[fx.Node, fx.Node], group: list[fx.Node], pool: ArenaPool
+    graph: fx.Graph,
+    places: dict[fx.Node, fx.Node],
+    group: list[fx.Node],
+    pool: ArenaPool,
+    images_innermost: bool,
 ) -> None:
     """Adds the call of a segment made of some nodes, and leaves its results in `places`."""
     members = set(group)
@@ -370,7 +379,7 @@ def _call_segment(
         own[node] = inner.node_copy(node, own.__getitem__)
     results = [own[node] for node in outputs]
     inner.output(tuple(results))
-    segment = Segment(inner, pool)
+    segment = Segment(inner, pool, images_innermost)
     call = graph.call_function(_as_function(segment), tuple(places[node] for node in inputs))
     call.meta = dict(outputs[0].meta)
     call.meta[SEGMENT] = segment

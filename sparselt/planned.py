@@ -4,8 +4,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, fx
@@ -14,10 +14,14 @@ from sparselt.builder import operation
 from sparselt.cuda_graph import GraphedRun
 from sparselt.lowering import Lowered
 from sparselt.native import Segment, is_of_segment
-from sparselt.plan import Plan
+from sparselt.plan import DENSE, Plan
 from sparselt.samples import first_samples
 
-__all__ = ["Planned", "Run", "Straight"]
+__all__ = ["Planned", "Run", "Straight", "as_dense", "gains_clearly"]
+
+# A network whose layers took so many times as long dense, each by itself and in torch, is faster as
+# planned: prepacked they take 0.4 of that at best.
+_CLEAR_LAYERS = 2.5
 
 Run = Callable[[Sequence[Any]], Any]
 
@@ -33,7 +37,8 @@ class Planned:
         run: the flat call.
         note: what was measured of the whole; empty where nothing was.
         plans: of the layers, by node name, as to be saved.
-        each: whether samples run one after the other; planned for one of them.
+        together: how many samples run at a time, as it is planned; 0 for all of a batch.
+        besides: what runs samples that are left over.
         prepacked: whether all layers run dense with prepacked weights.
     """
 
@@ -43,7 +48,8 @@ class Planned:
     run: Run
     note: str = ""
     plans: dict[str, Plan] = field(default_factory=dict)
-    each: bool = False
+    together: int = 0
+    besides: Planned | None = None
     prepacked: bool = False
 
     def others(self) -> tuple[dict[str, int], dict[str, int]]:
@@ -60,7 +66,7 @@ class Planned:
         Args:
             leaves: what the program is called with.
         """
-        sample = first_samples(leaves) if self.each else None
+        sample = first_samples(leaves, self.together) if self.together else None
         values = [*self.constants, *(sample or leaves)]
         return values, lambda: self.module.forward(*values) if sample else self.run(leaves)
 
@@ -95,3 +101,39 @@ class Straight:
     def __call__(self, leaves: Sequence[Any]) -> Any:
         """The one result."""
         return self.segment(*leaves)
+
+
+def gains_clearly(plans: Iterable[Plan]) -> bool:
+    """Whether the layers' own times leave no doubt about the whole; measuring it takes a while."""
+    dense_us = chosen_us = 0.0
+    for plan in plans:
+        if plan.dense_us is not None:
+            dense_us += plan.dense_us
+            chosen_us += plan.dense_us if plan.is_dense else plan.sparse_us or 0.0
+        elif not plan.is_dense:
+            return False
+    return dense_us > _CLEAR_LAYERS * chosen_us
+
+
+def as_dense(whole: Planned, planned: Lowered) -> Planned:
+    """A dense network with the rows and plans of the same as planned, all dense now."""
+    reason = "stays dense: the whole network measured no faster with sparse layers"
+    # A dense program is to be dense again where it is loaded.
+    whole.plans = {name: _dense_plan(plan, reason) for name, plan in planned.plans.items()}
+    whole.lowered.rows = [
+        row
+        if row.kernel == DENSE
+        else replace(
+            row,
+            kernel=DENSE,
+            format=DENSE,
+            reason=reason,
+            plan=None if row.plan is None else replace(row.plan, kernel=DENSE, format=DENSE),
+        )
+        for row in planned.rows
+    ]
+    return whole
+
+
+def _dense_plan(plan: Plan, reason: str) -> Plan:
+    return plan if plan.is_dense else replace(plan, kernel=DENSE, format=DENSE, reason=reason)

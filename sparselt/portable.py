@@ -49,14 +49,14 @@ class Loaded:
     Attributes:
         captured: the graph.
         plans: as saved, by bucket and node name; empty where they are another machine's.
-        each: the buckets whose samples run one after the other.
+        together: by bucket, how many samples run at a time, where not all do.
         prepacked: the buckets that run dense with prepacked weights.
         seen: the shapes that the program had run before it was saved, one a call.
     """
 
     captured: Captured
     plans: dict[Bucket, dict[str, Plan]] = field(default_factory=dict)
-    each: set[Bucket] = field(default_factory=set)
+    together: dict[Bucket, int] = field(default_factory=dict)
     prepacked: set[Bucket] = field(default_factory=set)
     seen: list[list[tuple[int, ...] | None]] = field(default_factory=list)
 
@@ -140,7 +140,7 @@ def _text(family: Family, constants: list[int]) -> dict[str, Any]:
         [
             bucket,
             {str(names.index(node)): _plan_text(plan) for node, plan in found.plans.items()},
-            found.each,
+            found.together,
             found.prepacked,
         ]
         for bucket, found in family.planned.items()
@@ -184,16 +184,16 @@ def _loaded(text: Mapping[str, Any], tensors: Sequence[Tensor], same_machine: bo
         bound,
     )
     plans: dict[Bucket, dict[str, Plan]] = {}
-    each: set[Bucket] = set()
+    together: dict[Bucket, int] = {}
     prepacked: set[Bucket] = set()
-    for bucket, entries, one_by_one, is_prepacked in text["plans"] if same_machine else ():
+    for bucket, entries, samples, is_prepacked in text["plans"] if same_machine else ():
         key = tuple(tuple(map(_index, part)) for part in bucket)
         plans[key] = {f"n{int(node)}": _plan(entry) for node, entry in entries.items()}
-        if one_by_one:
-            each.add(key)
+        if samples:
+            together[key] = int(samples)
         if is_prepacked:
             prepacked.add(key)
-    return Loaded(captured, plans, each, prepacked, seen)
+    return Loaded(captured, plans, together, prepacked, seen)
 
 
 class _Seen:

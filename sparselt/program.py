@@ -82,7 +82,7 @@ class Program:
         program = cls.__new__(cls)
         program._begin(None, title, map(shelf.outline, graphs[0].captured.constants), shelf)
         for loaded in graphs:
-            made = loaded.plans, loaded.each, loaded.prepacked
+            made = loaded.plans, loaded.together, loaded.prepacked
             program._families.append(Family(loaded.captured, program._tuner, shelf, *made))
         try:
             for loaded in graphs:

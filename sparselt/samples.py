@@ -33,10 +33,10 @@ _TOLERANCE = 1e-4
 
 
 class EachSample:
-    """A flat call that computes one sample of a batch after the other.
+    """A flat call that computes one sample of a batch after the other, or a few together.
 
     Args:
-        module: the network planned for one sample.
+        module: the network planned for one sample, or for a few.
         constants: the values of the placeholders before the inputs.
     """
 
@@ -45,25 +45,26 @@ class EachSample:
         self.constants = constants
         self.only = only_segment(module.graph)
 
-    def __call__(self, leaves: Sequence[Any]) -> Sequence[Tensor]:
+    def __call__(self, leaves: Sequence[Any], together: int = 1) -> Sequence[Tensor]:
         """The graph's results, put together along the first dimension.
 
         Args:
             leaves: tensors of as many samples each, and other values.
+            together: how many samples are computed at a time; divides their number.
         """
         if self.only is not None:
-            found = self.only.run(self.constants, leaves)
+            found = self.only.run(self.constants, leaves, together)
             if found is not None:
                 return found
         count = next(leaf.shape[0] for leaf in leaves if isinstance(leaf, Tensor))
         results: list[Tensor] = []
-        for i in range(count):
-            one = [leaf[i : i + 1] if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-            own_results = self.forward(*self.constants, *one)
+        for i in range(0, count, together):
+            some = [leaf[i : i + together] if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+            own_results = self.forward(*self.constants, *some)
             if not results:
                 results = [y.new_empty((count, *y.shape[1:])) for y in own_results]
             for whole, own in zip(results, own_results, strict=True):
-                whole[i : i + 1] = own
+                whole[i : i + together] = own
         return results
 
 
@@ -86,14 +87,16 @@ class OnlySegment:
         """Whether the segment takes the graph's only placeholder and returns its only result."""
         return self.arguments == [0] and self.results == [0] and len(self.segment.outputs) == 1
 
-    def run(self, constants: Sequence[Tensor], leaves: Sequence[Any]) -> list[Tensor] | None:
-        """The results for all samples; None where the segment is torch's to run."""
+    def run(
+        self, constants: Sequence[Tensor], leaves: Sequence[Any], together: int = 1
+    ) -> list[Tensor] | None:
+        """The results for all samples, some together; None where the segment is torch's to run."""
         given = [*constants, *leaves]
         values = [given[place] for place in self.arguments]
         each = [p >= len(constants) and isinstance(given[p], Tensor) for p in self.arguments]
-        one = [x[:1] if own else x for x, own in zip(values, each, strict=True)]
-        program = self.segment.program_for(one)
-        if program is None or any(shape[:1] != (1,) for shape in program.shapes):
+        some = [x[:together] if own else x for x, own in zip(values, each, strict=True)]
+        program = self.segment.program_for(some)
+        if program is None or any(shape[:1] != (together,) for shape in program.shapes):
             return None
         found = program.run_each(values, each)
         return [found[place] for place in self.results]
@@ -122,11 +125,12 @@ def results_of(graph: fx.Graph) -> list[Any]:
     return list(next(node for node in graph.nodes if node.op == "output").args[0])
 
 
-def first_samples(leaves: Sequence[Any]) -> list[Any] | None:
-    """The inputs of the first sample; None where they are not of several samples each.
+def first_samples(leaves: Sequence[Any], count: int = 1) -> list[Any] | None:
+    """The inputs of the first sample or samples; None where they are not of several samples each.
 
     Args:
         leaves: tensors, and other values.
+        count: of samples.
     """
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
     counts = {tuple(leaf.shape[:1]) for leaf in tensors}
@@ -135,7 +139,7 @@ def first_samples(leaves: Sequence[Any]) -> list[Any] | None:
     # What is drawn at random to compare results by is a number.
     if any(leaf.dtype is not torch.float32 or not leaf.is_cpu for leaf in tensors):
         return None
-    return [leaf[:1] if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+    return [leaf[:count] if isinstance(leaf, Tensor) else leaf for leaf in leaves]
 
 
 def may_run_each(graph: fx.Graph, count: int, cache_bytes: int) -> bool:

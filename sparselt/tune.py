@@ -31,6 +31,7 @@ from sparselt.cpu_timer import glance, is_settled, measure
 from sparselt.cuda_timer import measure_on_cuda
 from sparselt.extension import build_id
 from sparselt.facts import facts_of, forced_kernel
+from sparselt.image_rules import plan_in_images
 from sparselt.neighbours import is_depthwise
 from sparselt.plan import (
     DENSE,
@@ -112,6 +113,7 @@ class Tuner:
     ) -> None:
         self.format = format
         self.in_program = in_program
+        self.images_innermost = False
         self.weight_bytes = weight_bytes
         self.cold = weight_bytes > cache_bytes()
         self._times: dict[tuple[object, ...], dict[str, float]] = {}
@@ -149,6 +151,8 @@ class Tuner:
         if self.format == "bsr" and facts.block == (1, 1):
             facts = replace(facts, block=(4, 1))
         kernels, forced = ops.kernels(max(weight.get_device(), 0)), forced_kernel()
+        if self.images_innermost:
+            return plan_in_images(facts, kernels)
         pool = self.worth_timing(candidates(facts, kernels), kernels)
         if not inputs or not pool or facts.density == 1 or forced or self.format == DENSE:
             return choose(facts, kernels, None, format=self.format, forced=forced)
@@ -186,6 +190,12 @@ class Tuner:
         """A tuner that plans every layer dense, with the times that this one has measured."""
         other = copy.copy(self)
         other.format = DENSE
+        return other
+
+    def in_images(self) -> Tuner:
+        """A tuner that plans for images innermost, by rule."""
+        other = copy.copy(self)
+        other.images_innermost = True
         return other
 
     def known(self, names: Sequence[str], key: object, inputs: Sequence[Tensor] = ()) -> str | None:

@@ -20,7 +20,10 @@ def threads_as_before(fixed_threads):
 
 
 def choose_samples(monkeypatch, best: str) -> None:
-    """Puts every batch to the choice, lets no first look settle it, and decides it."""
+    """Puts every batch to the choice, lets no first look settle it, and decides it.
+
+    Parts are single samples, which come first among them.
+    """
     monkeypatch.setattr("sparselt.family.cache_bytes", lambda: 0)
     monkeypatch.setattr("sparselt.tune.glance", lambda *_: None)
 
@@ -32,23 +35,23 @@ def choose_samples(monkeypatch, best: str) -> None:
     monkeypatch.setattr("sparselt.tune.measure", measure)
 
 
-@pytest.mark.parametrize("best", ["as a batch", "one by one"])
+@pytest.mark.parametrize("best", ["as a batch", "in parts"])
 def test_any_number_of_threads_gives_the_same_bits(best, monkeypatch):
     choose_samples(monkeypatch, best)
     model = make("residual")
     x = input_for("residual", 7)
     program = sparselt.compile(model, x)
     (planned,) = program._families[0].planned.values()
-    assert planned.each == (best == "one by one")
+    assert planned.together == (best == "in parts")
     results = []
     # What one number of threads chose binds the others, whatever they would measure.
-    other = "as a batch" if planned.each else "one by one"
+    other = "as a batch" if planned.together else "in parts"
     choose_samples(monkeypatch, other)
     for threads in (1, 2, 3, 4):
         torch.set_num_threads(threads)
         results.append(program(x))
         for segment in segments_of(program):
-            made = segment.program_for([x[:1] if planned.each else x])
+            made = segment.program_for([x[:1] if planned.together else x])
             made.native.set_parallel(True)
             for made.apart in (False, True):
                 results.append(program(x))
@@ -90,13 +93,13 @@ BATCHES = {
 
 @pytest.mark.parametrize("name", BATCHES)
 def test_samples_run_one_by_one_only_where_that_comes_to_the_same(name, monkeypatch):
-    choose_samples(monkeypatch, "one by one")
+    choose_samples(monkeypatch, "in parts")
     made, shape, each = BATCHES[name]
     model, x = made(), torch.randn(shape)
     program = sparselt.compile(model, x)
     (planned,) = program._families[0].planned.values()
-    assert planned.each == each
-    assert ("one by one 1 us" in str(sparselt.explain(program))) == each
+    assert planned.together == each
+    assert ("in parts 1 us" in str(sparselt.explain(program))) == each
     for batch in (shape[0], shape[0] - 1):
         assert_as_exact_as_torch(program(x[:batch]), model, x[:batch])
     assert len(program.profile(x, runs=1)) > 1
@@ -107,31 +110,31 @@ def test_samples_run_one_by_one_only_where_that_comes_to_the_same(name, monkeypa
 
 
 def test_the_choice_between_samples_and_batch_is_saved(tmp_path, monkeypatch):
-    choose_samples(monkeypatch, "one by one")
+    choose_samples(monkeypatch, "in parts")
     x = input_for("residual", 6)
     program = sparselt.compile(make("residual"), x)
     program.save(tmp_path / "p.safetensors")
     choose_samples(monkeypatch, "as a batch")
     loaded = sparselt.load_program(tmp_path / "p.safetensors")
-    assert [planned.each for planned in loaded._families[0].planned.values()] == [True]
+    assert [planned.together for planned in loaded._families[0].planned.values()] == [1]
     assert torch.equal(loaded(x), program(x))
 
 
-@pytest.mark.parametrize("best", ["as a batch", "one by one"])
+@pytest.mark.parametrize("best", ["as a batch", "in parts"])
 def test_the_next_process_makes_the_same_choice_without_timing_it(best, monkeypatch):
     model, x = make("residual"), input_for("residual", 6)
     choose_samples(monkeypatch, best)
     first = sparselt.compile(model, x)
-    choose_samples(monkeypatch, "one by one" if best == "as a batch" else "as a batch")
+    choose_samples(monkeypatch, "in parts" if best == "as a batch" else "as a batch")
     again = sparselt.compile(model, x)
     for program in (first, again):
         (planned,) = program._families[0].planned.values()
-        assert planned.each == (best == "one by one")
+        assert planned.together == (best == "in parts")
     assert torch.equal(first(x), again(x))
 
 
 def test_nothing_drawn_to_choose_by_moves_the_users_generator(monkeypatch):
-    choose_samples(monkeypatch, "one by one")
+    choose_samples(monkeypatch, "in parts")
     model, x = make("residual"), input_for("residual", 6)
     state = torch.get_rng_state()
     program = sparselt.compile(model, x)

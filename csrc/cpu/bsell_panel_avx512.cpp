@@ -34,10 +34,10 @@ void multiply_tile(const PanelCall& call, const XBlock& x, int64_t slice, int64_
   }
   const float* values = w.values + w.slice_steps[slice] * w.slice_height + first;
   for (int64_t step = w.slice_steps[slice]; step < w.slice_steps[slice + 1]; ++step) {
-    const float* at = x.first + int64_t{w.columns[step]} * kLanes;
+    const int64_t at = int64_t{w.columns[step]} * kLanes;
     __m512 data[NV];
     SPARSELT_UNROLL
-    for (int v = 0; v < NV; ++v) data[v] = _mm512_load_ps(at + v * x.vector_stride);
+    for (int v = 0; v < NV; ++v) data[v] = _mm512_load_ps(x.vectors[v] + at);
     SPARSELT_UNROLL
     for (int r = 0; r < R; ++r) {
       const __m512 value = _mm512_set1_ps(values[r]);

@@ -26,7 +26,7 @@ void multiply_tile(const PanelCall& call, const XBlock& x, int64_t slice, int64_
     for (int i = 0; i < kQuads; ++i) sum[r][i] = vdupq_n_f32(0.0f);
   }
   const float* values = w.values + w.slice_steps[slice] * w.slice_height + first_row;
-  const float* vector = x.first + v * x.vector_stride;
+  const float* vector = x.vectors[v];
   for (int64_t step = w.slice_steps[slice]; step < w.slice_steps[slice + 1]; ++step) {
     const float* at = vector + int64_t{w.columns[step]} * kPieceLanes;
     float32x4_t data[kQuads];

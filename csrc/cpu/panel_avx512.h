@@ -9,12 +9,12 @@ namespace sparselt::cpu {
 namespace {
 
 constexpr int kLanes = 16;
+constexpr int kMaxVectors = 16;  // of a panel
 constexpr __mmask16 kAllLanes = 0xffff;
 
-// A block of x: row c of vector v is the register at first + v * vector_stride + c * kLanes.
+// A block of x: row c of vector v is the 16 floats at vectors[v] + c * kLanes.
 struct XBlock {
-  const float* first;
-  int64_t vector_stride;
+  const float* vectors[kMaxVectors];
 };
 
 // Rows [first, last) of x for this panel into the scratch, each vector with a row of zeros at the
@@ -50,12 +50,18 @@ inline void copy_block(const PanelCall& call, int vectors, int64_t first, int64_
 // Block `block` of this panel's x: where it lies, or copied.
 inline XBlock x_of_block(const PanelCall& call, int vectors, int64_t block) {
   const SellView& w = call.weight;
-  if (!call.panel.loads) {
-    return {call.panel.x + block * (w.block_cols + 1) * kLanes, call.panel.x_vector_stride};
+  const Panel& panel = call.panel;
+  XBlock x{};
+  if (!panel.loads) {
+    const float* at = panel.x + block * panel.x_block_stride;
+    for (int v = 0; v < vectors; ++v) x.vectors[v] = at + panel.x_places[v];
+    return x;
   }
   const int64_t first = block * w.block_cols;
-  copy_block(call, vectors, first, first + w.block_cols < w.cols ? first + w.block_cols : w.cols);
-  return {call.x_block, (w.block_cols + 1) * kLanes};
+  const int64_t last = first + w.block_cols < w.cols ? first + w.block_cols : w.cols;
+  copy_block(call, vectors, first, last);
+  for (int v = 0; v < vectors; ++v) x.vectors[v] = call.x_block + v * (w.block_cols + 1) * kLanes;
+  return x;
 }
 
 inline int64_t place_of_row(const PanelRows& rows, int64_t m) {

@@ -16,6 +16,7 @@ namespace {
 
 constexpr int kLanes = 4;        // floats a register
 constexpr int kPieceLanes = 16;  // floats a vector of a panel
+constexpr int kMaxVectors = 3;   // of a panel
 constexpr int kQuads = kPieceLanes / kLanes;
 constexpr unsigned kAllLanes = 0xf;
 
@@ -47,10 +48,9 @@ inline void store_quad(float* base, const Piece& piece, int quad, float32x4_t da
   if (bits & 8) vst1q_lane_f32(at + 3, data, 3);
 }
 
-// A block of x: row c of vector v is the 16 floats at first + v * vector_stride + c * kPieceLanes.
+// A block of x: row c of vector v is the 16 floats at vectors[v] + c * kPieceLanes.
 struct XBlock {
-  const float* first;
-  int64_t vector_stride;
+  const float* vectors[kMaxVectors];
 };
 
 // Rows [first, last) of x for this panel into the scratch, each vector with a row of zeros at the
@@ -93,12 +93,18 @@ void copy_block(const PanelCall& call, int64_t first, int64_t last) {
 template <int NV>
 XBlock x_of_block(const PanelCall& call, int64_t block) {
   const SellView& w = call.weight;
-  if (!call.panel.loads) {
-    return {call.panel.x + block * (w.block_cols + 1) * kPieceLanes, call.panel.x_vector_stride};
+  const Panel& panel = call.panel;
+  XBlock x{};
+  if (!panel.loads) {
+    const float* at = panel.x + block * panel.x_block_stride;
+    for (int v = 0; v < NV; ++v) x.vectors[v] = at + panel.x_places[v];
+    return x;
   }
   const int64_t first = block * w.block_cols;
-  copy_block<NV>(call, first, first + w.block_cols < w.cols ? first + w.block_cols : w.cols);
-  return {call.x_block, (w.block_cols + 1) * kPieceLanes};
+  const int64_t last = first + w.block_cols < w.cols ? first + w.block_cols : w.cols;
+  copy_block<NV>(call, first, last);
+  for (int v = 0; v < NV; ++v) x.vectors[v] = call.x_block + v * (w.block_cols + 1) * kPieceLanes;
+  return x;
 }
 
 inline int64_t place_of_row(const PanelRows& rows, int64_t m) {

@@ -10,12 +10,12 @@ namespace sparselt::cpu {
 namespace {
 
 constexpr int kPieceLanes = 16;
-constexpr int kMaxWidth = 64;  // the kernels' tile_columns
+constexpr int kMaxVectors = 4;  // of a panel: the kernels' tile_columns
+constexpr int kMaxWidth = kMaxVectors * kPieceLanes;
 
-// A block of x: row c of vector v is the 16 floats at first + v * vector_stride + c * kPieceLanes.
+// A block of x: row c of vector v is the 16 floats at vectors[v] + c * kPieceLanes.
 struct XBlock {
-  const float* first;
-  int64_t vector_stride;
+  const float* vectors[kMaxVectors];
 };
 
 void load_piece(const Piece& piece, const float* base, float* to) {
@@ -46,12 +46,19 @@ void copy_block(const PanelCall& call, int64_t first, int64_t last) {
 // Block `block` of this panel's x: where it lies, or copied.
 XBlock x_of_block(const PanelCall& call, int64_t block) {
   const SellView& w = call.weight;
-  if (!call.panel.loads) {
-    return {call.panel.x + block * (w.block_cols + 1) * kPieceLanes, call.panel.x_vector_stride};
+  const Panel& panel = call.panel;
+  XBlock x{};
+  if (!panel.loads) {
+    const float* at = panel.x + block * panel.x_block_stride;
+    for (int v = 0; v < call.panel.vectors; ++v) x.vectors[v] = at + panel.x_places[v];
+    return x;
   }
   const int64_t first = block * w.block_cols;
-  copy_block(call, first, first + w.block_cols < w.cols ? first + w.block_cols : w.cols);
-  return {call.x_block, (w.block_cols + 1) * kPieceLanes};
+  const int64_t last = first + w.block_cols < w.cols ? first + w.block_cols : w.cols;
+  copy_block(call, first, last);
+  for (int v = 0; v < call.panel.vectors; ++v)
+    x.vectors[v] = call.x_block + v * (w.block_cols + 1) * kPieceLanes;
+  return x;
 }
 
 int64_t place_of_row(const PanelRows& rows, int64_t m) {
@@ -62,7 +69,7 @@ int64_t place_of_row(const PanelRows& rows, int64_t m) {
 void add_product(const PanelCall& call, const XBlock& x, float value, int64_t column,
                  float* products) {
   for (int v = 0; v < call.panel.vectors; ++v, products += kPieceLanes) {
-    const float* data = x.first + v * x.vector_stride + column * kPieceLanes;
+    const float* data = x.vectors[v] + column * kPieceLanes;
     for (int lane = 0; lane < kPieceLanes; ++lane) products[lane] += value * data[lane];
   }
 }

@@ -25,7 +25,6 @@ SPARSELT_TARGET_BEGIN("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")
 namespace sparselt::cpu {
 namespace {
 
-constexpr int kMaxVectors = 16;
 constexpr int kStoredVectors = 4;  // together: a row's stores then fill whole pages' lines in turn
 
 // A vector of the panel has its sums to itself.
@@ -101,7 +100,7 @@ class Product {
   }
 
  private:
-  const float* x_of(int v) const { return x_.first + v * x_.vector_stride; }
+  const float* x_of(int v) const { return x_.vectors[v]; }
   float* sums_of(int v) const { return call_.sums + v * sum_floats(call_.weight); }
 
   // Called after each vector in turn: stores the last few once they are together.

@@ -27,8 +27,6 @@ template <int NV>
 void multiply_block(const PanelCall& call, const XBlock& x, int64_t first_slice, int64_t last_slice,
                     bool is_first, bool is_last) {
   const SellView& w = call.weight;
-  const float* vectors[NV];
-  for (int v = 0; v < NV; ++v) vectors[v] = x.first + v * x.vector_stride;
   for (int64_t slice = first_slice; slice < last_slice; ++slice) {
     const int32_t* rows = w.slice_rows + slice * kSliceRows;
     __m256 sum[kSliceRows][2 * NV];
@@ -42,7 +40,7 @@ void multiply_block(const PanelCall& call, const XBlock& x, int64_t first_slice,
         const __m256 value = _mm256_broadcast_ss(values + r);
         const int64_t at = int64_t{columns[r]} * kPieceLanes;
         for (int i = 0; i < 2 * NV; ++i) {
-          const float* data = vectors[i / 2] + i % 2 * kLanes;
+          const float* data = x.vectors[i / 2] + i % 2 * kLanes;
           sum[r][i] = _mm256_fmadd_ps(value, _mm256_load_ps(data + at), sum[r][i]);
         }
       }

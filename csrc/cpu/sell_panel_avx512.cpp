@@ -31,8 +31,6 @@ template <int NV>
 void multiply_block(const PanelCall& call, const XBlock& x, int64_t first_slice, int64_t last_slice,
                     bool is_first, bool is_last) {
   const SellView& w = call.weight;
-  const float* data[NV];
-  for (int v = 0; v < NV; ++v) data[v] = x.first + v * x.vector_stride;
   for (int64_t slice = first_slice; slice < last_slice; ++slice) {
     const int32_t* rows = w.slice_rows + slice * kSliceRows;
     for (int r = 0; is_last && r < kSliceRows; ++r) {
@@ -49,7 +47,7 @@ void multiply_block(const PanelCall& call, const XBlock& x, int64_t first_slice,
         const __m512 value = _mm512_set1_ps(values[r]);
         const int64_t at = int64_t{columns[r]} * kLanes;
         for (int v = 0; v < NV; ++v)
-          sum[r][v] = _mm512_fmadd_ps(value, _mm512_load_ps(data[v] + at), sum[r][v]);
+          sum[r][v] = _mm512_fmadd_ps(value, _mm512_load_ps(x.vectors[v] + at), sum[r][v]);
       }
     }
     if (is_last) {

@@ -24,8 +24,6 @@ template <int NV>
 void multiply_block(const PanelCall& call, const XBlock& x, int64_t first_slice, int64_t last_slice,
                     bool is_first, bool is_last) {
   const SellView& w = call.weight;
-  const float* vectors[NV];
-  for (int v = 0; v < NV; ++v) vectors[v] = x.first + v * x.vector_stride;
   for (int64_t slice = first_slice; slice < last_slice; ++slice) {
     const int32_t* rows = w.slice_rows + slice * kSliceRows;
     float32x4_t sum[kSliceRows][kQuads * NV];
@@ -39,7 +37,7 @@ void multiply_block(const PanelCall& call, const XBlock& x, int64_t first_slice,
         const float value = values[r];
         const int64_t at = int64_t{columns[r]} * kPieceLanes;
         for (int i = 0; i < kQuads * NV; ++i) {
-          const float* data = vectors[i / kQuads] + i % kQuads * kLanes;
+          const float* data = x.vectors[i / kQuads] + i % kQuads * kLanes;
           sum[r][i] = vfmaq_n_f32(sum[r][i], vld1q_f32(data + at), value);
         }
       }

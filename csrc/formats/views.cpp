@@ -97,6 +97,7 @@ void view_bsell(const Parts& parts, const int64_t* block, Weight& weight) {
   check_format(parts, 5, 4, 2, weight);
   const int64_t steps = view_slices(parts, block, weight);
   view_entries(parts, steps, steps * block[0], weight);
+  weight.sell.shared_columns = true;
 }
 
 void view_sign(const Parts& parts, const int64_t* block, Weight& weight) {

@@ -37,7 +37,7 @@ Tensor as_float_input(const Tensor& tensor, const char* name) {
 }
 
 Weight as_weight(const Parts& parts, const Ints& meta, const std::string& kernel,
-                 std::string_view op, size_t dims) {
+                 std::string_view op, size_t dims, bool with_code) {
   STD_TORCH_CHECK(meta.size() == dims + 2, "meta: expected block_rows, block_cols and a shape of ",
                   dims, " sizes, got ", meta.size(), " numbers");
   STD_TORCH_CHECK(meta[0] > 0 && meta[1] > 0, "meta: blocks must be at least 1 x 1");
@@ -48,7 +48,7 @@ Weight as_weight(const Parts& parts, const Ints& meta, const std::string& kernel
   for (size_t i = 3; i < meta.size(); ++i) weight.cols *= meta[i];
   weight.kernel = &find_kernel(kernel, op, meta[0]);
   view_parts(parts, meta.data(), weight);
-  if (weight.kernel->op == "code") {
+  if (with_code && weight.kernel->op == "code") {
     weight.code = code_for(parts, weight.sell);
     weight.sell.code = weight.code->view();
   }

@@ -14,9 +14,9 @@ namespace sparselt {
 Tensor as_float_input(const Tensor& tensor, const char* name);
 
 // The kernel called `kernel` and the weight of these parts, which must outlive the result; `dims`
-// is the rank of the weight's dense shape.
+// is the rank of the weight's dense shape. Without code, a kernel that wants it would run loops.
 Weight as_weight(const Parts& parts, const Ints& meta, const std::string& kernel,
-                 std::string_view op, size_t dims);
+                 std::string_view op, size_t dims, bool with_code = true);
 
 // Bias, residual (of shape `shape`, the result's) and clamp. The tensors are held so that the
 // pointers live.

@@ -81,6 +81,7 @@ class PanelMaker {
             loads_.data(),
             extra_.data(),
             tap_extra_.data(),
+            nullptr,
             0,
             nullptr,
             stored,

@@ -105,6 +105,9 @@ std::optional<PanelLayout> PanelTask::y_in_panels(bool) const {
 
 void PanelTask::lay_out(const Layouts& layouts) {
   layouts_ = layouts;
+  for (size_t v = 0; v < x_places_.size(); ++v) {
+    x_places_[v] = static_cast<int64_t>(v) * (layouts.x ? layouts.x->vector_floats() : 0);
+  }
   y_pieces_ = vector_pieces(layouts.y);
   residual_pieces_ = vector_pieces(layouts.residual);
 }
@@ -127,7 +130,8 @@ PanelCall PanelTask::call_of(Panel panel, int64_t begin, const Operands& operand
   if (layouts_.x) {
     panel.loads = nullptr;
     panel.x = operands.x + vector * layouts_.x->vector_floats();
-    panel.x_vector_stride = layouts_.x->vector_floats();
+    panel.x_places = x_places_.data();
+    panel.x_block_stride = (weight_.sell.block_cols + 1) * kPanelLanes;
   }
   if (layouts_.y) {
     panel.y = operands.y + vector * layouts_.y->vector_floats();

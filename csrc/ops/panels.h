@@ -3,6 +3,7 @@
 // Cuts a product or a convolution into the panels that a panel kernel computes.
 #pragma once
 
+#include <array>
 #include <map>
 #include <utility>
 #include <vector>
@@ -57,7 +58,8 @@ class PanelTask : public Task {
   const int64_t pixels_;
   int64_t parts_ = 1;
   Layouts layouts_;
-  std::vector<Piece> y_pieces_;  // of values in panels
+  std::array<int64_t, kMaxPanelVectors> x_places_{};  // of values in panels
+  std::vector<Piece> y_pieces_;
   std::vector<Piece> residual_pieces_;
   // By the first pixel's place in its image and the number of pixels; empty until prepared.
   std::map<std::pair<int64_t, int64_t>, Stored> stored_;

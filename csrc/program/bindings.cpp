@@ -7,6 +7,7 @@
 #include <string>
 
 #include "program/glue.h"
+#include "program/image_glue.h"
 #include "program/memory.h"
 #include "program/program.h"
 
@@ -76,7 +77,8 @@ Element element_of(const std::string& name) {
 void add_elements(Program& program, const std::string& name, int64_t x, int64_t residual, int64_t y,
                   int64_t floats, float lower, float upper) {
   program.add_task(make_element_task(program.team(), element_of(name), floats, lower, upper),
-                   {x, residual, y});
+                   {x, residual, y},
+                   make_image_elements(program.team(), element_of(name), lower, upper));
 }
 
 void add_copy(Program& program, int64_t x, int64_t y, int64_t rows, int64_t floats,
@@ -120,20 +122,23 @@ Axis axis_of(const Window& window, size_t axis) {
 }
 
 void add_max_pool(Program& program, int64_t x, int64_t y, int64_t planes, const Window& window) {
-  program.add_task(
-      make_max_pool_task(program.team(), planes, axis_of(window, 0), axis_of(window, 1)),
-      {x, -1, y});
+  const Axis h = axis_of(window, 0);
+  const Axis w = axis_of(window, 1);
+  program.add_task(make_max_pool_task(program.team(), planes, h, w), {x, -1, y},
+                   make_image_max_pool(program.team(), h, w));
 }
 
 void add_mean_pool(Program& program, int64_t x, int64_t y, int64_t planes, const Window& window,
                    bool count_padding) {
-  program.add_task(make_mean_pool_task(program.team(), planes, axis_of(window, 0),
-                                       axis_of(window, 1), count_padding),
-                   {x, -1, y});
+  const Axis h = axis_of(window, 0);
+  const Axis w = axis_of(window, 1);
+  program.add_task(make_mean_pool_task(program.team(), planes, h, w, count_padding), {x, -1, y},
+                   make_image_mean_pool(program.team(), h, w, count_padding));
 }
 
 void add_mean(Program& program, int64_t x, int64_t y, int64_t rows, int64_t floats) {
-  program.add_task(make_mean_task(program.team(), rows, floats), {x, -1, y});
+  program.add_task(make_mean_task(program.team(), rows, floats), {x, -1, y},
+                   make_image_mean(program.team(), floats));
 }
 
 std::pair<std::vector<int64_t>, int64_t> plan(
@@ -152,10 +157,14 @@ void bind_program(pybind11::module_& module) {
       .def(pybind11::init<>())
       .def_property_readonly("allocations", &ArenaPool::allocations);
   pybind11::class_<Program>(module, "Program")
-      .def(pybind11::init<int64_t, std::shared_ptr<ArenaPool>>())
+      .def(pybind11::init<int64_t, std::shared_ptr<ArenaPool>, bool>(), pybind11::arg("threads"),
+           pybind11::arg("pool"), pybind11::arg("images_innermost") = false)
       .def_property_readonly("handle", &Program::handle)
       .def_property_readonly("arena_floats", &Program::arena_floats)
       .def_property_readonly("num_in_panels", &Program::num_in_panels)
+      .def_property_readonly("images_innermost", &Program::images_innermost)
+      .def_property_readonly("num_in_images", &Program::num_in_images)
+      .def_property_readonly("num_turns", &Program::num_turns)
       .def_property_readonly("num_steps", &Program::num_steps)
       .def_property_readonly("has_parts", &Program::has_parts)
       .def("add_input", &Program::add_input)

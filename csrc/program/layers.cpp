@@ -8,6 +8,7 @@
 
 #include "ops/check.h"
 #include "ops/conv_problem.h"
+#include "ops/image_panels.h"
 #include "ops/spmm.h"
 #include "program/program.h"
 
@@ -83,21 +84,40 @@ void program_linear(int64_t program, Ints values, int64_t batch, Parts parts, In
                     OptionalTensor bias, OptionalBound lower, OptionalBound upper,
                     std::string kernel) {
   Program& target = Program::of_handle(program);
-  const Weight weight = as_weight(parts, meta, kernel, "spmm", 2);
-  const HeldEpilogue held = as_epilogue(bias, {}, lower, upper, weight.rows, {});
-  target.add_task(make_linear_task(target.team(), weight, batch, held.pointers), as_step(values));
-  target.keep(held_by(std::move(parts), held));
+  const Team team = target.team();
+  const auto weight = [=](bool with_code) {
+    return as_weight(parts, meta, kernel, "spmm", 2, with_code);
+  };
+  const Weight bare = weight(false);
+  const HeldEpilogue held = as_epilogue(bias, {}, lower, upper, bare.rows, {});
+  target.keep(held_by(parts, held));
+  const Epilogue end = held.pointers;
+  ImageTaskPointer images;
+  if (target.images_innermost()) {
+    const Axis pixel{1, 1, 1, 0, 1};
+    images = make_image_panels(team, {{pixel, pixel}, batch, bare.cols, bare.rows, 1}, bare, end);
+  }
+  target.add_layer([=] { return make_linear_task(team, weight(true), batch, end); },
+                   as_step(values), std::move(images));
 }
 
 void program_conv2d(int64_t program, Ints values, Ints x_shape, Parts parts, Ints meta,
                     OptionalTensor bias, Ints stride, Ints padding, Ints dilation, int64_t groups,
                     OptionalBound lower, OptionalBound upper, std::string kernel) {
   Program& target = Program::of_handle(program);
-  const Weight weight = as_weight(parts, meta, kernel, "conv2d", 4);
+  const Team team = target.team();
+  const auto weight = [=](bool with_code) {
+    return as_weight(parts, meta, kernel, "conv2d", 4, with_code);
+  };
+  const Weight bare = weight(false);
   const ConvProblem problem = make_conv_problem(x_shape, meta, stride, padding, dilation, groups);
-  const HeldEpilogue held = as_epilogue(bias, {}, lower, upper, weight.rows, {});
-  target.add_task(make_conv_task(target.team(), problem, weight, held.pointers), as_step(values));
-  target.keep(held_by(std::move(parts), held));
+  const HeldEpilogue held = as_epilogue(bias, {}, lower, upper, bare.rows, {});
+  target.keep(held_by(parts, held));
+  const Epilogue end = held.pointers;
+  ImageTaskPointer images;
+  if (target.images_innermost()) images = make_image_panels(team, problem, bare, end);
+  target.add_layer([=] { return make_conv_task(team, problem, weight(true), end); },
+                   as_step(values), std::move(images));
 }
 
 void program_dense(int64_t program, Ints values, Ints x_shape, Tensor weight, OptionalTensor bias,

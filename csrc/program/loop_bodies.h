@@ -104,6 +104,8 @@ void run_elements(Element element, int64_t count, const float* x, const float* z
       return combine(count, x, z, y, lower, upper, [](float a, float b) { return a + b; });
     case Element::kMultiply:
       return combine(count, x, z, y, lower, upper, [](float a, float b) { return a * b; });
+    case Element::kLarger:
+      return combine(count, x, z, y, lower, upper, [](float a, float b) { return larger(a, b); });
     case Element::kSigmoid:
       return transform(count, x, y, lower, upper, [](float a) { return sigmoid(a); });
     case Element::kSilu:

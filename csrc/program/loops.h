@@ -8,7 +8,7 @@
 
 namespace sparselt {
 
-enum class Element { kIdentity, kAdd, kMultiply, kSigmoid, kSilu, kGelu, kHardswish };
+enum class Element { kIdentity, kAdd, kMultiply, kLarger, kSigmoid, kSilu, kGelu, kHardswish };
 
 // Each works on `count` floats, and y may be x or z.
 struct Loops {

@@ -20,8 +20,10 @@ int64_t next_handle = 1;
 
 }  // namespace
 
-Program::Program(int64_t threads, std::shared_ptr<ArenaPool> pool)
-    : threads_(std::max<int64_t>(1, threads)), pool_(std::move(pool)) {
+Program::Program(int64_t threads, std::shared_ptr<ArenaPool> pool, bool images_innermost)
+    : threads_(std::max<int64_t>(1, threads)),
+      images_innermost_(images_innermost),
+      pool_(std::move(pool)) {
   const std::lock_guard<std::mutex> lock(live_mutex);
   handle_ = next_handle++;
   live[handle_] = this;
@@ -98,11 +100,25 @@ Program::Step& Program::add_step(const StepValues& values) {
   if (values.residual >= 0) value(values.residual);
   steps_.emplace_back();
   steps_.back().values = values;
+  steps_.back().added = num_steps_++;
   return steps_.back();
 }
 
-void Program::add_task(TaskPointer task, const StepValues& values) {
-  add_step(values).task = std::move(task);
+void Program::add_task(TaskPointer task, const StepValues& values, ImageTaskPointer images) {
+  Step& step = add_step(values);
+  step.task = std::move(task);
+  if (images_innermost_) step.images = std::move(images);
+}
+
+void Program::add_layer(std::function<TaskPointer()> make, const StepValues& values,
+                        ImageTaskPointer images) {
+  Step& step = add_step(values);
+  if (images) {
+    step.make_task = std::move(make);
+    step.images = std::move(images);
+  } else {
+    step.task = make();
+  }
 }
 
 void Program::add_torch(std::unique_ptr<TorchCall> call, const StepValues& values) {
@@ -256,6 +272,7 @@ Program::Region Program::make_region(size_t first_step, size_t last_step, bool a
 }
 
 void Program::finish() {
+  turn_to_images();
   lay_out_panels();
   share_in_place();
   plan_arena();

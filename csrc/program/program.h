@@ -9,15 +9,20 @@
 // task, or several stages that are one part each), computes the parts that nobody has claimed, its
 // own first, and waits until the unit is done by everybody. No thread waits for another to arrive:
 // whoever is there computes all, so any number of threads will do, and one is enough.
+//
+// Values lie as in torch, in panels where writer and readers agree on them (ops/panel_layout.h),
+// or, in a program for batches, with images innermost (ops/image_layout.h).
 #pragma once
 
 #include <atomic>
+#include <functional>
 #include <memory>
 #include <mutex>
 #include <optional>
 #include <string>
 #include <vector>
 
+#include "ops/image_task.h"
 #include "ops/ops.h"
 #include "ops/task.h"
 #include "program/memory.h"
@@ -56,14 +61,16 @@ struct Span {
 
 class Program {
  public:
-  // `threads`: what tasks are shared out to.
-  Program(int64_t threads, std::shared_ptr<ArenaPool> pool);
+  // `threads`: what tasks are shared out to. `images_innermost`: whether tasks that can do so keep
+  // their values like that.
+  Program(int64_t threads, std::shared_ptr<ArenaPool> pool, bool images_innermost = false);
   ~Program();
   Program(const Program&) = delete;
   Program& operator=(const Program&) = delete;
 
   Team team() const;
   int64_t handle() const { return handle_; }
+  bool images_innermost() const { return images_innermost_; }
   // The live program of a handle, which is a plain number so that operators can take it; throws
   // where there is none.
   static Program& of_handle(int64_t handle);
@@ -77,7 +84,11 @@ class Program {
   bool lay_in(int64_t value, int64_t whole, int64_t offset);
   void add_output(int64_t value);
 
-  void add_task(TaskPointer task, const StepValues& values);
+  // `images` computes the same with images innermost; null where there is none. A layer's own task
+  // is made where it is wanted, since its code may take a while to generate.
+  void add_task(TaskPointer task, const StepValues& values, ImageTaskPointer images = nullptr);
+  void add_layer(std::function<TaskPointer()> make, const StepValues& values,
+                 ImageTaskPointer images);
   void add_torch(std::unique_ptr<TorchCall> call, const StepValues& values);
   // Keeps what tasks point into.
   void keep(Parts tensors);
@@ -93,8 +104,8 @@ class Program {
   // all threads; all of them together run the others. The bits are the same.
   void run_each(const std::vector<Samples<const float>>& inputs,
                 const std::vector<Samples<float>>& outputs, int64_t count, bool apart) const;
-  // The same, with the time of each step: from when its first stage may begin until the next
-  // step's may.
+  // The same, with the time of each step that was added: from when its first stage may begin until
+  // the next step's may.
   std::vector<Span> run_watched(const std::vector<const float*>& inputs,
                                 const std::vector<float*>& outputs) const;
 
@@ -102,8 +113,10 @@ class Program {
   void set_parallel(bool parallel) { parallel_ = parallel; }
   bool has_parts() const;  // whether a second thread would find anything to do
   int64_t arena_floats() const { return arena_floats_; }
-  int64_t num_in_panels() const;  // values that are kept in panels
-  int64_t num_steps() const { return static_cast<int64_t>(steps_.size()); }
+  int64_t num_in_panels() const;                            // values that are kept in panels
+  int64_t num_in_images() const { return num_in_images_; }  // steps that run with images innermost
+  int64_t num_turns() const { return num_turns_; }          // copies from one layout to the other
+  int64_t num_steps() const { return num_steps_; }          // that were added
 
  private:
   enum class Place { kInput, kOutput, kConstant, kTorch, kArena };
@@ -119,8 +132,11 @@ class Program {
   };
   struct Step {
     TaskPointer task;
+    std::function<TaskPointer()> make_task;  // this and the next until `finish`
+    ImageTaskPointer images;
     std::unique_ptr<TorchCall> torch;
     StepValues values;
+    int64_t added;          // its number among the steps that were added
     int64_t shared_offset;  // in the arena
   };
   struct StageOfStep {
@@ -149,6 +165,8 @@ class Program {
   std::unique_ptr<Context> new_context() const;
   Step& add_step(const StepValues& values);
   std::vector<int64_t> last_uses() const;
+  class ImagePlan;
+  void turn_to_images();
   std::optional<PanelLayout> panels_for(int64_t number) const;
   void lay_out_panels();
   void share_in_place();
@@ -167,10 +185,14 @@ class Program {
   void work(Context& context, const Region& region, int64_t slot, int64_t* begins) const;
 
   const int64_t threads_;
+  const bool images_innermost_;
   const std::shared_ptr<ArenaPool> pool_;
   int64_t handle_;
   std::vector<Value> values_;
   std::vector<Step> steps_;
+  int64_t num_steps_ = 0;
+  int64_t num_in_images_ = 0;
+  int64_t num_turns_ = 0;
   int64_t num_outputs_ = 0;
   int64_t num_inputs_ = 0;
   std::vector<Parts> kept_;      // what tasks point into

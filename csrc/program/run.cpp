@@ -238,7 +238,16 @@ std::vector<Span> Program::run_watched(const std::vector<const float*>& inputs,
     first = call + 1;
   }
   watch_region(first, steps_.size());
-  return spans;
+  // Copies from and to images count with the step that they are for.
+  std::vector<Span> added;
+  for (size_t i = 0; i < steps_.size(); ++i) {
+    if (i > 0 && steps_[i].added == steps_[i - 1].added) {
+      added.back().end = spans[i].end;
+    } else {
+      added.push_back(spans[i]);
+    }
+  }
+  return added;
 }
 
 }  // namespace sparselt

@@ -126,8 +126,10 @@ std::vector<float> multiply_in_panels(const KernelInfo& kernel, const SellView& 
   const Guarded<float> residual = in_panels(product.ending.residual, y_layout, edge);
   Guarded<float> y(static_cast<size_t>(y_layout.floats()), edge);
   const HeldEnding ending = hold_ending(product.ending, edge);
+  int64_t places[kVectors];
   sparselt::Piece pieces[kVectors];
   for (int v = 0; v < kVectors; ++v) {
+    places[v] = v * x_layout.vector_floats();
     pieces[v] = {static_cast<int32_t>(v * y_layout.vector_floats()), static_cast<uint16_t>(v),
                  static_cast<uint16_t>(sparselt::kAllLanes)};
   }
@@ -140,7 +142,8 @@ std::vector<float> multiply_in_panels(const KernelInfo& kernel, const SellView& 
                                    pieces, count};
     sparselt::PanelCall call{weight, {}, ending.pointers, nullptr, sums.data()};
     call.panel.x = x.data() + first * x_layout.vector_floats();
-    call.panel.x_vector_stride = x_layout.vector_floats();
+    call.panel.x_places = places;
+    call.panel.x_block_stride = (weight.block_cols + 1) * PanelLayout::kLanes;
     call.panel.taps = 1;
     call.panel.vectors = count;
     call.panel.y = y.data() + first * y_layout.vector_floats();
