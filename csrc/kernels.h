@@ -211,9 +211,8 @@ struct PanelCall {
   SellView weight;
   Panel panel;
   Epilogue epilogue;
-  float* x_block;  // scratch: (block_cols + 1) * vectors * 16 floats, aligned to 64 bytes; unused
-                   // where x lies in panels
-  float* sums;     // scratch: rows * vectors * 16 floats, aligned to 64 bytes
+  float* x_block;  // scratch of (block_cols + 1) * vectors * 16 floats, for a copy of x
+  float* sums;     // scratch of rows * vectors * 16 floats, like that one aligned to 64 bytes
 };
 
 // A product with up to kMaxSpmvColumns columns, for which no panel is worth its width. x is laid
@@ -232,8 +231,7 @@ struct SpmvCall {
   int64_t block_stride;
   int64_t lanes;    // 1, 4, 8 or 16; at most the kernel's tile_columns
   int64_t columns;  // 1 where lanes is 1
-  float* y;         // y[m, n] is at m * y_row_stride + n * y_column_stride, as in the residual; it
-                    // holds the row's sum from block to block
+  float* y;  // holds sums between blocks; y[m, n] is at m * y_row_stride + n * y_column_stride
   int64_t y_row_stride;  // 1 where lanes is 1
   int64_t y_column_stride;
   Epilogue epilogue;
