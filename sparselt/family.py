@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any
@@ -29,6 +29,7 @@ from torch.utils import _pytree as pytree
 
 from sparselt.builder import LAYER, operation
 from sparselt.capture import Captured, CaptureError
+from sparselt.cpu import cache_bytes
 from sparselt.cuda_graph import graphed
 from sparselt.images import IMAGES, GroupsOfImages, is_worth_grouping
 from sparselt.lowering import Lowered, lower
@@ -39,7 +40,7 @@ from sparselt.prepacked import prepack
 from sparselt.samples import EachSample, agree, first_samples, may_run_each, only_segment
 from sparselt.shapes import copied, propagate
 from sparselt.shelf import Shelf
-from sparselt.tune import Tuner, cache_bytes, kind_of
+from sparselt.tune import Tuner, kind_of
 
 __all__ = ["Bucket", "Family"]
 

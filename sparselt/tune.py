@@ -15,11 +15,8 @@ from __future__ import annotations
 import copy
 import math
 import os
-import platform
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +24,7 @@ from torch import Tensor, nn
 
 from sparselt import ops
 from sparselt.candidate_calls import CandidateCalls, call_us
+from sparselt.cpu import cache_bytes, cpu_name
 from sparselt.cpu_timer import glance, is_settled, measure
 from sparselt.cuda_timer import measure_on_cuda
 from sparselt.extension import build_id
@@ -45,7 +43,7 @@ from sparselt.plan import (
 )
 from sparselt.tune_cache import TimesCache
 
-__all__ = ["Tuner", "cache_bytes", "kind_of", "machine"]
+__all__ = ["Tuner", "kind_of", "machine"]
 
 # A candidate that is not faster by this share does not replace what there is.
 _MARGIN = 0.05
@@ -57,29 +55,6 @@ _LARGE_INPUT = 1 << 21
 _ROWS_SAMPLED = 128
 
 
-@cache
-def cache_bytes() -> int:
-    """Bytes of one core's second-level cache; 1 MiB where the system does not tell."""
-    for folder in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
-        try:
-            level, size = ((folder / name).read_text().strip() for name in ("level", "size"))
-        except OSError:
-            continue
-        if level == "2" and size.endswith("K") and size[:-1].isdigit():
-            return int(size[:-1]) << 10
-    return 1 << 20
-
-
-@cache
-def _cpu_name() -> str:
-    name = platform.processor() or platform.machine()
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return name
-    return next((x.partition(":")[2].strip() for x in lines if x.startswith("model name")), name)
-
-
 def kind_of(density: float) -> int:
     """The same for densities within 5 % of each other."""
     return round(_KINDS_A_FACTOR_OF_E * math.log(max(density, 1e-9)))
@@ -88,7 +63,7 @@ def kind_of(density: float) -> int:
 def machine() -> dict[str, Any]:
     """What measured plans depend on: CPU, caches, kernels, threads, and torch's version."""
     return {
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "second-level cache": cache_bytes(),
         "kernels": [kernel.name for kernel in ops.kernels() if kernel.usable],
         "threads": torch.get_num_threads(),

@@ -51,7 +51,7 @@ GRAPH = (
     {"cuda_graph", "cuda_timer", "candidate_calls", "fuse", "layers", "pooling", "lowering"}
     | {"builder", "few_channels", "emit", "emit_views", "native", "planned", "prepacked"}
     | {"images", "samples", "shape_rules", "shapes", "capture", "dynamo", "shelf", "family"}
-    | {"profiling", "portable", "image_rules", "rules", "tune_cache", "tune"}
+    | {"profiling", "portable", "cpu", "image_rules", "rules", "tune_cache", "tune"}
 )
 WHOLE_MODEL = LAYER | GRAPH | {"conversion", "explanation", "program"}
 EVERYTHING = WHOLE_MODEL | {"lottery", "measure", "reference", "sparselt"}
@@ -76,12 +76,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     "moving": DATA | {"cuda_rules", "packed", "ops", "facts"},
     "nn": DATA | {"packed", "ops", "facts", "moving"},
     "semi_structured": {"plan", "facts"},
-    **{unit: set[str]() for unit in ("cpu_timer", "cuda_timer", "fuse", "graph_text")},
+    **{unit: set[str]() for unit in ("cpu", "cpu_timer", "cuda_timer", "fuse", "graph_text")},
     "tune_cache": {"tickets"},
     "candidate_calls": LAYER | {"cpu_timer", "neighbours"},
     "tune": LAYER
     | {"candidate_calls", "cpu_timer", "cuda_timer", "extension", "image_rules", "neighbours"}
-    | {"tune_cache"},
+    | {"cpu", "tune_cache"},
     "conversion": LAYER | {"shapes", "tune"},
     "explanation": LAYER | {"conversion"},
     "layers": {"fuse", "shelf"},
@@ -104,7 +104,16 @@ MAY_IMPORT: dict[str, set[str]] = {
     "portable": LAYER | {"capture", "family", "graph_text", "shelf", "tune"},
     **dict.fromkeys(("capture", "cuda_graph"), BASE),
     "planned": {"builder", "cuda_graph", "lowering", "native", "plan", "samples"},
-    "family": {"builder", "capture", "cuda_graph", "explanation", "images", "lowering", "native"}
+    "family": {
+        "builder",
+        "capture",
+        "cpu",
+        "cuda_graph",
+        "explanation",
+        "images",
+        "lowering",
+        "native",
+    }
     | {"plan", "planned", "prepacked", "samples", "shapes", "shelf", "tune"},
     "dynamo": BASE | {"cuda_graph", "tune", "explanation", "lowering", "native"},
     "program": WHOLE_MODEL - {"program"},

@@ -116,7 +116,7 @@ def test_other_threads_builds_and_machines_are_other_entries(measured, monkeypat
     plan()
     monkeypatch.setattr(tune, "build_id", lambda: "of other kernels")
     plan()
-    monkeypatch.setattr(tune, "_cpu_name", lambda: "another CPU")
+    monkeypatch.setattr(tune, "cpu_name", lambda: "another CPU")
     plan()
     assert len(measured) == len(entries()) == 4
 
