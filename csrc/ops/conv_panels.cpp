@@ -5,6 +5,8 @@
 // apart. Then what the taps meet of x is first cut into phases.
 #include <torch/headeronly/util/Exception.h>
 
+#include <algorithm>
+
 #include "ops/conv_panel_source.h"
 #include "ops/conv_problem.h"
 #include "ops/panels.h"
@@ -39,7 +41,9 @@ class CutPanelTask final : public PanelTask {
         cut_(problem.geometry),
         channel_floats_(problem.geometry.h.size * problem.geometry.w.size),
         channels_(problem.batch * problem.channels_in),
-        cutting_parts_(copying_parts(team, channels_, channel_floats_)) {}
+        // Threads that the products wake are there for the cut, however little it is.
+        cutting_parts_(PanelTask::parts(0) > 1 ? std::clamp<int64_t>(channels_, 1, team.threads)
+                                               : copying_parts(team, channels_, channel_floats_)) {}
 
   int64_t stages() const override { return 2; }
   int64_t parts(int64_t stage) const override {
