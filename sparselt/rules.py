@@ -45,10 +45,8 @@ _BITS_FROM = 0.15
 # What 15-bit numbers of windows reach.
 _WINDOW_COLS = 2**15 * 16
 
-# Bytes bind with one column and a weight from memory alone, else columns as they are take fewer
-# instructions; rarer weights lie so far apart that jumps eat up what bytes save.
+# Rarer weights lie so far apart that jumps eat up what bytes save.
 _DELTA_FROM = 0.01
-_DELTA_LEAST = 2**17
 
 # Generated code goes through few rows at a time, so its blocks fill an L2, not an L1.
 _CODE_BLOCK_COLS = 256
@@ -139,13 +137,11 @@ def _suits_windows(facts: Facts) -> str:
     return f"is for at most {_WINDOW_COLS} weights a row" if wide else ""
 
 
-def _suits_cold_weights(facts: Facts) -> str:
+def _suits_near_weights(facts: Facts) -> str:
     if facts.density < _DELTA_FROM:
         return f"is for at least {100 * _DELTA_FROM:.0f} % kept weights"
-    if facts.columns != 1:
-        return "is for one column"
-    few = facts.nnz < _DELTA_LEAST
-    return f"is for at least {_DELTA_LEAST} kept weights" if few else ""
+    # With more columns instructions bind, not bytes.
+    return "is for one column" if (facts.columns or 1) > 1 else ""
 
 
 def _suits_signs(facts: Facts) -> str:
@@ -175,7 +171,7 @@ RULES: dict[str, Rule] = {
     "csr": Rule(pays_below=0.20),
     "bsr": Rule(_suits_blocks, _own_blocks, pays_below=0.40),
     "sell": Rule(_suits_large_groups, _slices, pays_below=0.30),
-    "delta": Rule(_suits_cold_weights, _slices, pays_below=0.30),
+    "delta": Rule(_suits_near_weights, _slices, pays_below=0.30),
     "bsell": Rule(_suits_rows_of_blocks, _rows_of_blocks, pays_below=0.45),
     "sign": Rule(_suits_signs, _sign_slices, pays_below=0.45),
     "bits": Rule(_suits_many_weights, pays_below=0.45),
