@@ -16,10 +16,22 @@ from torch import Tensor, fx, nn
 
 from sparselt.extension import NativeProgram
 
-__all__ = ["LAYER", "Builder", "DenseStep", "NotNativeError", "Shape", "Shaped", "operation"]
+__all__ = [
+    "AFFINE",
+    "LAYER",
+    "AffineStep",
+    "Builder",
+    "DenseStep",
+    "NotNativeError",
+    "Shape",
+    "Shaped",
+    "operation",
+]
 
 # Where lowering leaves what a node computes: a SparseLayer or a DenseStep.
 LAYER = "sparselt_layer"
+# Likewise an AffineStep, where a batch norm folds into no layer.
+AFFINE = "sparselt_affine"
 
 Shape = tuple[int, ...]
 
@@ -34,6 +46,16 @@ class DenseStep:
 
     name: str
     module: nn.Module
+    lower: float | None
+    upper: float | None
+
+
+@dataclass(frozen=True)
+class AffineStep:
+    """A factor and a term a channel, (C,) float32 each, and the clamp after them."""
+
+    scale: Tensor
+    shift: Tensor
     lower: float | None
     upper: float | None
 

@@ -13,7 +13,16 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from sparselt.builder import LAYER, Builder, DenseStep, NotNativeError, Shape, Shaped, operation
+from sparselt.builder import (
+    AFFINE,
+    LAYER,
+    Builder,
+    DenseStep,
+    NotNativeError,
+    Shape,
+    Shaped,
+    operation,
+)
 from sparselt.emit_views import VIEWS
 from sparselt.extension import conv_shape
 from sparselt.few_channels import few_channels_in_panels
@@ -22,6 +31,9 @@ from sparselt.neighbours import is_depthwise
 from sparselt.nn import SparseConv1d, SparseConv2d, SparseLayer, SparseLinear
 
 __all__ = ["emit"]
+
+# Where a channel has fewer values in a row, torch's batch norm is the faster one.
+_LEAST_AREA = 16
 
 Bounds = tuple[float | None, float | None]
 
@@ -40,6 +52,8 @@ def emit(build: Builder, node: fx.Node) -> None:
         result = _layer(build, node)
         if any(build.tensor(other).shape != result.shape for other in node.args[1:]):
             raise NotNativeError("a residual of another shape")
+    elif AFFINE in node.meta:
+        result = _affine(build, node)
     elif clamp_bounds(node) is not None:
         result = _elements(build, node, "identity", clamp_bounds(node))
     elif operation(node) in _EMITTERS:
@@ -127,6 +141,28 @@ def _depthwise(
     geometry = (module.stride, module.padding, module.dilation)
     end = (step.lower, step.upper, "dense")
     torch.ops.sparselt.program_depthwise(build.program.handle, numbers, *given, *geometry, *end)
+    return y
+
+
+def _affine(build: Builder, node: fx.Node) -> Shaped:
+    step = node.meta[AFFINE]
+    x = build.tensor(node.args[0])
+    channels, area = len(step.scale), math.prod(x.shape[2:])
+    if area < _LEAST_AREA:
+        raise NotNativeError("a batch norm of few values a channel")
+    build.kept += [step.scale, step.shift]
+    y = build.new(x.shape)
+    build.program.add_affine(
+        x.number,
+        y.number,
+        x.shape[0],
+        channels,
+        area,
+        step.scale.data_ptr(),
+        step.shift.data_ptr(),
+        -math.inf if step.lower is None else step.lower,
+        math.inf if step.upper is None else step.upper,
+    )
     return y
 
 

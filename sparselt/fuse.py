@@ -26,6 +26,7 @@ __all__ = [
     "fold_batch_norm",
     "follow",
     "is_mutating",
+    "read_batch_norm",
 ]
 
 aten = torch.ops.aten
@@ -252,21 +253,36 @@ def _take_batch_norm(
     constant: Callable[[Any], Tensor | None],
     channels_last: bool,
 ) -> bool:
-    names = _BATCH_NORM.get(user.target)
-    if names is None or fusion.batch_norm or fusion.residual or user.args[0] is not fusion.end:
+    if fusion.batch_norm or fusion.residual or not user.args or user.args[0] is not fusion.end:
         return False
-    if channels_last and _rank(fusion.end) != 2:
+    found = read_batch_norm(user, constant)
+    if found is None or (channels_last and _rank(fusion.end) != 2):
         return False
-    given = {name: argument(user, i + 1, name) for i, name in enumerate(names)}
-    training, eps = given.pop("training"), argument(user, _EPS_POSITION, "eps", 1e-5)
-    values = {name: constant(node) for name, node in given.items()}
+    fusion.batch_norm, fusion.sources = found
+    return True
+
+
+def read_batch_norm(
+    node: fx.Node, constant: Callable[[Any], Tensor | None]
+) -> tuple[BatchNorm, list[fx.Node]] | None:
+    """A node's eval-mode batch norm and the nodes of its constants; None for any other node.
+
+    Args:
+        node: of a graph of torch.export or Dynamo.
+        constant: value of a node that is a known weight; None for any other node.
+    """
+    names = _BATCH_NORM.get(node.target)
+    if names is None:
+        return None
+    given = {name: argument(node, i + 1, name) for i, name in enumerate(names)}
+    training, eps = given.pop("training"), argument(node, _EPS_POSITION, "eps", 1e-5)
+    values = {name: constant(other) for name, other in given.items()}
     known = all(values[name] is not None for name in given if given[name] is not None)
     mean, var = values["running_mean"], values["running_var"]
     if training or not known or mean is None or var is None or not isinstance(eps, float):
-        return False
-    fusion.batch_norm = BatchNorm(mean, var, values["weight"], values["bias"], eps)
-    fusion.sources = [node for node in given.values() if isinstance(node, fx.Node)]
-    return True
+        return None
+    norm = BatchNorm(mean, var, values["weight"], values["bias"], eps)
+    return norm, [other for other in given.values() if isinstance(other, fx.Node)]
 
 
 def _take_residual(user: fx.Node, fusion: Fusion) -> bool:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
+from sparselt.affine import bind_affine
 from sparselt.builder import LAYER, DenseStep, operation
 from sparselt.conversion import PLAN_ATTRIBUTE
 from sparselt.explanation import Row, row_of
@@ -125,6 +126,7 @@ def lower(
             lowering.take(layer)
         else:
             lowering.pool(node)
+    lowering.sources.update(bind_affine(graph, constant))
     _erase_unread_constants(graph, constant)
     for node in graph.nodes:
         node.target = _DIRECT.get(node.target, node.target)
@@ -228,8 +230,7 @@ class _Lowering:
 
     def fusion_of(self, layer: GraphLayer) -> Fusion:
         """What can be computed together with a layer."""
-        linear = isinstance(layer.module, nn.Linear)
-        fusion = follow(layer.node, self.constant, linear, residual=_direct(layer))
+        fusion = follow(layer.node, self.constant, type(layer.module) is nn.Linear, _direct(layer))
         norm = fusion.batch_norm
         weight, bias = _weights(layer.module)
         # Whether its factors are finite: no more of the weight is asked for.
@@ -395,6 +396,5 @@ def _look_alike(value: Tensor) -> Tensor:
 
 def _readable(placeholder: str) -> str:
     """A placeholder's name of Dynamo as a path of modules, as far as that can be told."""
-    path = re.sub(r"^[lL]_(self|fn|mod)_|_$", "", placeholder)
-    path = re.sub(r"^_?modules_", "", path)
+    path = re.sub(r"^_?modules_", "", re.sub(r"^[lL]_(self|fn|mod)_|_$", "", placeholder))
     return re.sub(r"_(modules|parameters|buffers)_", ".", path)

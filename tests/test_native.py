@@ -132,6 +132,36 @@ def test_a_depthwise_convolution_is_native_with_its_sum_and_clamp(stride):
     assert not in_torch
 
 
+class Normalised(nn.Module):
+    """Batch norms that fold into no layer: first, of a value that is read again, and last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(4, 8, 3, 1, 1), nn.Conv2d(8, 8, 3, 1, 1)
+        self.norms = nn.ModuleList(map(nn.BatchNorm2d, (4, 8, 8)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(F.relu6(self.norms[0](x)))
+        return self.norms[2](x + self.second(F.relu(self.norms[1](x), inplace=True)))
+
+
+def test_batch_norms_that_fold_into_no_layer_are_native_with_their_clamp():
+    torch.manual_seed(0)
+    model = prune_randomly(Normalised().eval())
+    model.norms[2].weight = model.norms[2].bias = None
+    program, in_torch = compiled(model, torch.randn(2, 4, 9, 20))
+    (segment,) = segments_of(program)
+    (made,) = segment.programs.values()
+    assert made.native.num_steps == 5
+    assert "natively: batch_norm (3)" in str(sparselt.explain(program))
+    for shape in ((2, 4, 9, 20), (1, 4, 5, 5)):
+        x = torch.randn(shape)
+        assert_as_exact_as_torch(program(x), model, x)
+    assert not in_torch
+    with torch.autocast("cpu"):
+        assert program(x).shape == (1, 8, 5, 5)
+
+
 def test_the_backend_of_torch_compile_runs_native_programs(monkeypatch):
     ran: list[int] = []
     run = SegmentProgram.__call__

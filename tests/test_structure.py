@@ -88,7 +88,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "builder": {"extension"},
     "few_channels": LAYER | {"rules", "neighbours"},
     "emit": LAYER | {"builder", "emit_views", "extension", "few_channels", "fuse", "neighbours"},
-    "emit_views": {"builder", "fuse"},
+    **{unit: {"builder", "fuse"} for unit in ("affine", "emit_views")},
     "native": {"builder", "emit", "emit_views", "extension", "fuse"},
     "prepacked": {"builder", "fuse", "shapes"},
     "samples": {"native", "shapes"},
@@ -97,7 +97,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "images": {"samples"},
     "lowering": LAYER
     | {"shelf", "tune"}
-    | {"conversion", "explanation", "builder", "fuse", "layers", "pooling", "shapes"},
+    | {"affine", "conversion", "explanation", "builder", "fuse", "layers", "pooling", "shapes"},
     "pooling": BASE | {"fuse"},
     "shelf": {"shapes", "tickets"},
     "profiling": BASE | {"builder", "explanation", "native", "tickets"},
