@@ -319,7 +319,7 @@ def compile(model: nn.Module, example_inputs: Any) -> Program:
     Returns:
         A callable that takes what the model takes, of any batch and size, and returns what it
         returns. A model that torch.export cannot capture runs with its layers swapped;
-        `sparselt.explain` says so, and which kernel each layer runs, and why.
+        `sparselt.explain` says what runs, and why. Under autocast sparse layers return float32.
 
     Raises:
         OptionError: the model is no module, or fails on the example inputs.

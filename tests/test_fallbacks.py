@@ -123,6 +123,15 @@ def test_under_autocast_torch_runs_the_steps():
     torch.testing.assert_close(got.float(), wanted, rtol=0.1, atol=0.1)
 
 
+def test_under_autocast_a_sparse_layer_returns_float32():
+    x = torch.ones(2, 64)
+    program, _ = compiled(prune_randomly(torch.nn.Linear(64, 64)), x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = program(x)
+    assert got.dtype is torch.float32
+    assert torch.equal(got, program(x))
+
+
 def test_programs_for_old_shapes_make_room(monkeypatch):
     monkeypatch.setattr("sparselt.native._MAX_PROGRAMS", 2)
     model = make("perceptron")
