@@ -199,7 +199,9 @@ class Family:
         module = copied(self.captured.module)
         propagate(module, [*map(self.shelf.outline, self.captured.constants), *leaves])
         count = next(leaf.shape[0] for leaf in leaves if isinstance(leaf, Tensor))
-        return may_run_each(module.graph, count, cache_bytes())
+        # Images innermost are worth a look however small they are.
+        fits = 0 if self._group(leaves) else cache_bytes()
+        return may_run_each(module.graph, count, fits)
 
     def _in_parts(
         self, one: Planned, leaves: Sequence[Any], packed: dict[tuple[Any, ...], Any]
@@ -220,12 +222,18 @@ class Family:
         each = EachSample(one.module, one.constants)
         return replace(one, run=self._as_result(each), together=1)
 
+    @staticmethod
+    def _group(leaves: Sequence[Any]) -> list[Any] | None:
+        """The first images that would run together; None where they are few."""
+        some = first_samples(leaves, IMAGES)
+        return some if some is not None and is_worth_grouping(some) else None
+
     def _in_images(
         self, one: Planned, leaves: Sequence[Any], packed: dict[tuple[Any, ...], Any]
     ) -> Planned | None:
         """In groups of images; None where these are few, or no layer can run so."""
-        some = first_samples(leaves, IMAGES)
-        if some is None or not is_worth_grouping(some):
+        some = self._group(leaves)
+        if some is None:
             return None
         lowered = self._lower(some, self.tuner.in_images(), packed, None)
         if all(row.kernel == DENSE for row in lowered.rows):
