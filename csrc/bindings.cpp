@@ -36,7 +36,7 @@ STABLE_TORCH_LIBRARY(sparselt, m) {
         ", " SPARSELT_CONV ", " SPARSELT_CLAMP ") -> ()");
   m.def(
       "program_dense(int program, int[] values, int[] x_shape, Tensor weight, Tensor? "
-      "bias, " SPARSELT_CONV ") -> ()");
+      "bias, " SPARSELT_CONV ", Tensor? packed) -> ()");
   m.def(
       "program_depthwise(int program, int[] values, int[] x_shape, Tensor weight, Tensor? bias, "
       "int[] stride, int[] padding, int[] dilation, " SPARSELT_CLAMP ") -> ()");
@@ -53,6 +53,11 @@ STABLE_TORCH_LIBRARY_IMPL(sparselt, CPU, m) {
   m.impl("program_conv2d", TORCH_BOX(&sparselt::program_conv2d));
   m.impl("program_dense", TORCH_BOX(&sparselt::program_dense));
   m.impl("program_depthwise", TORCH_BOX(&sparselt::program_depthwise));
+}
+
+// A packed weight counts for one of this backend.
+STABLE_TORCH_LIBRARY_IMPL(sparselt, MkldnnCPU, m) {
+  m.impl("program_dense", TORCH_BOX(&sparselt::program_dense));
 }
 
 namespace sparselt {

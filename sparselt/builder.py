@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor, fx, nn
 
@@ -40,14 +40,25 @@ class NotNativeError(Exception):
     """A node, at these shapes, is torch's to run."""
 
 
+class Packs(Protocol):
+    """Packed weights of a linear layer; a `sparselt.packed_rows.PackedRows`."""
+
+    def packed(self, rows: int) -> Tensor | None:
+        """The weight for inputs of so many rows; None where there is none, or none is wanted."""
+
+
 @dataclass(frozen=True)
 class DenseStep:
-    """A layer that torch computes, and the clamp after it; `name` is that of its first node."""
+    """A layer that torch computes, and the clamp after it; `name` is that of its first node.
+
+    A linear layer may have packed weights too.
+    """
 
     name: str
     module: nn.Module
     lower: float | None
     upper: float | None
+    packs: Packs | None = None
 
 
 @dataclass(frozen=True)
@@ -84,14 +95,16 @@ class Builder:
 
     Args:
         program: empty.
+        trial: whether it is only to tell what has a native step.
 
     Attributes:
         names: what each step of the program belongs to, in order.
         kept: tensors that the program points into.
     """
 
-    def __init__(self, program: NativeProgram) -> None:
+    def __init__(self, program: NativeProgram, trial: bool = False) -> None:
         self.program = program
+        self.trial = trial
         self.values: dict[fx.Node, Shaped] = {}
         self.numbers: dict[fx.Node, int] = {}
         self.names: list[fx.Node] = []

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from sparselt.cpu_timer import measure
 from sparselt.neighbours import depthwise_conv2d, is_depthwise
 from sparselt.nn import SPARSE_LAYERS, SparseLayer, SparseLinear
+from sparselt.packed_rows import pack_rows, packed_linear, packs_rows
 from sparselt.plan import DENSE, SEMI_STRUCTURED, Candidate, Plan
 from sparselt.semi_structured import SemiStructuredLinear
 
@@ -38,7 +39,7 @@ class CandidateCalls:
         in_program: bool = False,
     ) -> None:
         self.module, self.mask, self.pool = module, mask, pool
-        self._dense_call = _depthwise_call if in_program and is_depthwise(module) else _dense_call
+        self._dense_call = _in_program_call if in_program else _dense_call
         self._layers = {
             (item.format, item.block): _sparse_layer(module, mask, item)
             for item in pool
@@ -73,6 +74,17 @@ def _dense_call(module: nn.Module, x: Tensor) -> Call:
     """Torch's operator: `forward` of these layers is F.linear or F.conv and nothing else."""
     forward = module.forward
     return lambda: forward(x)
+
+
+def _in_program_call(module: nn.Module, x: Tensor) -> Call:
+    """What a program runs for a dense layer."""
+    if is_depthwise(module):
+        return _depthwise_call(module, x)
+    if isinstance(module, nn.Linear) and packs_rows(module, x.numel() // module.in_features):
+        # What a program packs has to be faster than this, or it runs the plain weight.
+        packed, linear = pack_rows(module, x.numel() // module.in_features), module
+        return lambda: packed_linear(x, packed, linear)
+    return _dense_call(module, x)
 
 
 def _depthwise_call(module: nn.Module, x: Tensor) -> Call:

@@ -122,7 +122,9 @@ def _dense(build: Builder, step: DenseStep, x: Shaped, residual: Shaped | None) 
         return _depthwise(build, step, x, residual, shape)
     y = build.new(shape, by_torch=True)
     numbers = [x.number, -1, y.number]
-    given = (list(x.shape), module.weight, module.bias, *geometry)
+    rows = math.prod(x.shape[:-1])
+    packed = None if step.packs is None or build.trial else step.packs.packed(rows)
+    given = (list(x.shape), module.weight, module.bias, *geometry, packed)
     torch.ops.sparselt.program_dense(build.program.handle, numbers, *given)
     if residual is None and step.lower is None and step.upper is None:
         return y

@@ -101,6 +101,11 @@ class Constants:
             return base.t() if not permuted or tuple(order) in ((1, 0), (-1, -2)) else base
         return None
 
+    def put_back(self, nodes: Sequence[fx.Node]) -> None:
+        """Returns the values of placeholders to the shelf."""
+        for node in nodes:
+            self.shelf.back(self.values[node])
+
     def source(self, node: Any) -> list[fx.Node]:
         """The placeholder that a known node's value comes from, in a list; empty for others."""
         while isinstance(node, fx.Node):

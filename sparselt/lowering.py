@@ -25,6 +25,7 @@ from sparselt.explanation import Row, row_of
 from sparselt.fuse import Fusion, argument, fold_batch_norm, follow, is_mutating
 from sparselt.layers import Constants, GraphLayer, read_layer, set_weights
 from sparselt.nn import SPARSE_LAYERS, SparseConv2d, SparseLayer, SparseLinear
+from sparselt.packed_rows import PackedRows
 from sparselt.plan import SEMI_STRUCTURED, Plan
 from sparselt.pooling import max_pool_step
 from sparselt.semi_structured import SemiStructuredLinear
@@ -118,8 +119,7 @@ def lower(
     _erase_dropout(graph)
     propagate(result, inputs)
     lowering = _Lowering(graph, constant, tuner, {} if packed is None else packed, plans or {})
-    for index, name in (names or {}).items():
-        lowering.names[placeholders[index]] = name
+    lowering.names = {placeholders[index]: name for index, name in (names or {}).items()}
     for node in list(graph.nodes):
         layer = read_layer(node, constant)
         if layer is not None:
@@ -207,8 +207,7 @@ class _Lowering:
             sparse = self.sparse(layer, plan, fusion)
             self.replace(layer, fusion, _bind(sparse, _direct(layer)), sparse)
             row = row_of(name, sparse)
-            for source in layer.sources:
-                self.constant.shelf.back(self.constant.values[source])
+            self.constant.put_back(layer.sources)
         else:
             setattr(layer.module, PLAN_ATTRIBUTE, plan)
             row = row_of(name, layer.module)
@@ -233,7 +232,6 @@ class _Lowering:
         fusion = follow(layer.node, self.constant, type(layer.module) is nn.Linear, _direct(layer))
         norm = fusion.batch_norm
         weight, bias = _weights(layer.module)
-        # Whether its factors are finite: no more of the weight is asked for.
         if norm is not None and fold_batch_norm(weight[:, :0], bias, norm) is None:
             return Fusion(layer.node, [layer.node])
         return fusion
@@ -261,7 +259,9 @@ class _Lowering:
                 assert isinstance(module, nn.Linear)
                 module = SemiStructuredLinear(module, plan)
             self.packed[key] = module
-        step = DenseStep(layer.node.name, self.packed[key], fusion.lower, fusion.upper)
+        made = PackedRows(self.packed[key], self.tuner)
+        packs = self.packed.setdefault((layer.node.name, "packed rows"), made)
+        step = DenseStep(layer.node.name, self.packed[key], fusion.lower, fusion.upper, packs)
         return _bind_dense(step), step
 
     def replace(

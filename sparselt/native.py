@@ -259,7 +259,7 @@ def nativize(module: fx.GraphModule, images_innermost: bool = False) -> fx.Graph
     if any(_changes(node) and node not in native for node in nodes):
         return module
     groups = list(_groups(module.graph, nodes, native))
-    useful = [group for group in groups if group[0] in native and any(map(_is_sparse, group))]
+    useful = [group for group in groups if group[0] in native and any(map(_gains, group))]
     if not useful:
         return module
     pool, graph = ArenaPool(), fx.Graph()
@@ -286,7 +286,7 @@ def _is_native(node: fx.Node, native: set[fx.Node]) -> bool:
         return False
     if _changes(node) and not _changes_its_own(node, native):
         return False
-    build = Builder(NativeProgram(1, ArenaPool()))
+    build = Builder(NativeProgram(1, ArenaPool()), trial=True)
     try:
         for source in node.all_input_nodes:
             given = source.meta.get("val")
@@ -306,8 +306,13 @@ def _is_plain_like(value: Tensor) -> bool:
     return value.dtype is torch.float32 and value.device.type == "cpu"
 
 
-def _is_sparse(node: fx.Node) -> bool:
-    return LAYER in node.meta and not isinstance(node.meta[LAYER], DenseStep)
+def _gains(node: fx.Node) -> bool:
+    """Whether a node is a layer that a native program has more for than torch's operator."""
+    layer = node.meta.get(LAYER)
+    if not isinstance(layer, DenseStep):
+        return layer is not None
+    value = node.meta["val"]
+    return layer.packs is not None and layer.packs.packed(math.prod(value.shape[:-1])) is not None
 
 
 def _changes(node: fx.Node) -> bool:

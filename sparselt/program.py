@@ -51,19 +51,20 @@ class Program:
 
     def __init__(self, model: nn.Module, example_inputs: Any) -> None:
         """See `sparselt.compile`."""
+        # On use: torch.export imports Dynamo anyway, and a program from a file does without.
+        from sparselt import dynamo as _dynamo  # noqa: F401  registers the backend
+
         prepared = densify(prepare(model).model)
-        self._begin(prepared, type(prepared).__name__, prepared.parameters(), Shelf())
+        self._begin(prepared, prepared.parameters(), Shelf())
+        self._title = type(prepared).__name__
         self._args, self._kwargs = as_call(example_inputs)
         self._expected = run_once(prepared, example_inputs)
         leaves, spec = pytree.tree_flatten((self._args, self._kwargs))
         self._add_route(_signature(leaves, spec), leaves, spec)
         del self._expected
 
-    def _begin(
-        self, model: nn.Module | None, title: str, weights: Iterable[Tensor], shelf: Shelf
-    ) -> None:
+    def _begin(self, model: nn.Module | None, weights: Iterable[Tensor], shelf: Shelf) -> None:
         self._prepared = model
-        self._title = title
         weight_bytes = sum(p.numel() * p.element_size() for p in weights)
         self._tuner = Tuner(weight_bytes=weight_bytes, in_program=True)
         self._shelf = shelf
@@ -77,10 +78,9 @@ class Program:
     @classmethod
     def _load(cls, path: Path) -> Program:
         """See `load_program`."""
-        shelf = Shelf()
-        title, graphs = read_program(path, shelf)
-        program = cls.__new__(cls)
-        program._begin(None, title, map(shelf.outline, graphs[0].captured.constants), shelf)
+        program, shelf = cls.__new__(cls), Shelf()
+        program._title, graphs = read_program(path, shelf)
+        program._begin(None, map(shelf.outline, graphs[0].captured.constants), shelf)
         for loaded in graphs:
             made = loaded.plans, loaded.together, loaded.prepacked
             program._families.append(Family(loaded.captured, program._tuner, shelf, *made))

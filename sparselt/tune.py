@@ -31,6 +31,7 @@ from sparselt.extension import build_id
 from sparselt.facts import facts_of, forced_kernel
 from sparselt.image_rules import plan_in_images
 from sparselt.neighbours import is_depthwise
+from sparselt.packed_rows import packs_rows
 from sparselt.plan import (
     DENSE,
     Candidate,
@@ -49,10 +50,9 @@ __all__ = ["Tuner", "kind_of", "machine"]
 _MARGIN = 0.05
 # Of a layer's call, what its kernel takes at least.
 _LEAST_SHARE = 0.05
-_KINDS_A_FACTOR_OF_E = 20
+_KINDS_A_FACTOR_OF_E, _ROWS_SAMPLED = 20, 128
 # Numbers of an input that takes milliseconds, so that what a layer's call costs does not show.
 _LARGE_INPUT = 1 << 21
-_ROWS_SAMPLED = 128
 
 
 def kind_of(density: float) -> int:
@@ -275,7 +275,7 @@ class Tuner:
             self.format,
             self._is_cold_on(inputs[0].device) if inputs[0].is_cuda else self.cold,
             torch.get_num_threads(),
-            self.in_program and is_depthwise(module),
+            self.in_program and (is_depthwise(module) or packs_rows(module)),
         )
 
     def _recall_or_time(

@@ -51,7 +51,7 @@ GRAPH = (
     {"cuda_graph", "cuda_timer", "candidate_calls", "fuse", "layers", "pooling", "lowering"}
     | {"builder", "few_channels", "emit", "emit_views", "native", "planned", "prepacked"}
     | {"images", "samples", "shape_rules", "shapes", "capture", "dynamo", "shelf", "family"}
-    | {"profiling", "portable", "cpu", "image_rules", "rules", "tune_cache", "tune"}
+    | {"packed_rows", "profiling", "portable", "cpu", "image_rules", "rules", "tune_cache", "tune"}
 )
 WHOLE_MODEL = LAYER | GRAPH | {"conversion", "explanation", "program"}
 EVERYTHING = WHOLE_MODEL | {"lottery", "measure", "reference", "sparselt"}
@@ -78,10 +78,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "semi_structured": {"plan", "facts"},
     **{unit: set[str]() for unit in ("cpu", "cpu_timer", "cuda_timer", "fuse", "graph_text")},
     "tune_cache": {"tickets"},
-    "candidate_calls": LAYER | {"cpu_timer", "neighbours"},
+    "packed_rows": {"shapes"},
+    "candidate_calls": LAYER | {"cpu_timer", "neighbours", "packed_rows"},
     "tune": LAYER
     | {"candidate_calls", "cpu_timer", "cuda_timer", "extension", "image_rules", "neighbours"}
-    | {"cpu", "tune_cache"},
+    | {"cpu", "packed_rows", "tune_cache"},
     "conversion": LAYER | {"shapes", "tune"},
     "explanation": LAYER | {"conversion"},
     "layers": {"fuse", "shelf"},
@@ -96,7 +97,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "shapes": {"shape_rules"},
     "images": {"samples"},
     "lowering": LAYER
-    | {"shelf", "tune"}
+    | {"packed_rows", "shelf", "tune"}
     | {"affine", "conversion", "explanation", "builder", "fuse", "layers", "pooling", "shapes"},
     "pooling": BASE | {"fuse"},
     "shelf": {"shapes", "tickets"},

@@ -5,6 +5,8 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <array>
+#include <functional>
+#include <numeric>
 
 #include "ops/check.h"
 #include "ops/conv_problem.h"
@@ -46,7 +48,7 @@ Tensor call(const char* name, std::array<StableIValue, kCount> stack) {
 class DenseCall final : public TorchCall {
  public:
   DenseCall(Ints x_shape, Tensor weight, OptionalTensor bias, Ints stride, Ints padding,
-            Ints dilation, int64_t groups)
+            Ints dilation, int64_t groups, OptionalTensor packed)
       : x_shape_(std::move(x_shape)),
         weight_(std::move(weight)),
         bias_(std::move(bias)),
@@ -54,11 +56,18 @@ class DenseCall final : public TorchCall {
         padding_(std::move(padding)),
         dilation_(std::move(dilation)),
         output_padding_(stride_.size(), 0),
-        groups_(groups) {}
+        groups_(groups),
+        packed_(std::move(packed)),
+        rows_(std::accumulate(x_shape_.begin(), x_shape_.end() - 1, int64_t{1},
+                              std::multiplies<int64_t>())) {}
 
   Tensor run(float* x) const override {
     using torch::stable::detail::from;
     const Tensor input = from_floats(x, x_shape_);
+    if (packed_) {
+      return call<5>("mkl::_mkl_linear",
+                     {from(input), from(*packed_), from(weight_), from(bias_), from(rows_)});
+    }
     if (stride_.empty()) {
       return call<3>("aten::linear", {from(input), from(weight_), from(bias_)});
     }
@@ -76,6 +85,8 @@ class DenseCall final : public TorchCall {
   const Ints dilation_;
   const Ints output_padding_;
   const int64_t groups_;
+  const OptionalTensor packed_;
+  const int64_t rows_;
 };
 
 }  // namespace
@@ -121,11 +132,12 @@ void program_conv2d(int64_t program, Ints values, Ints x_shape, Parts parts, Int
 }
 
 void program_dense(int64_t program, Ints values, Ints x_shape, Tensor weight, OptionalTensor bias,
-                   Ints stride, Ints padding, Ints dilation, int64_t groups) {
+                   Ints stride, Ints padding, Ints dilation, int64_t groups,
+                   OptionalTensor packed) {
   Program::of_handle(program).add_torch(
       std::make_unique<DenseCall>(std::move(x_shape), std::move(weight), std::move(bias),
                                   std::move(stride), std::move(padding), std::move(dilation),
-                                  groups),
+                                  groups, std::move(packed)),
       as_step(values));
 }
 

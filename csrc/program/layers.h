@@ -18,9 +18,10 @@ void program_conv2d(int64_t program, Ints values, Ints x_shape, Parts parts, Int
                     OptionalBound lower, OptionalBound upper, std::string kernel);
 
 // Torch's own linear (no stride) or convolution, of two or one axes as the weight has them, on a
-// dense weight. The residual is no part of it.
+// dense weight. The residual is no part of it. `packed` is the weight of a linear layer as
+// mkl::_mkl_linear reads it for this number of rows.
 void program_dense(int64_t program, Ints values, Ints x_shape, Tensor weight, OptionalTensor bias,
-                   Ints stride, Ints padding, Ints dilation, int64_t groups);
+                   Ints stride, Ints padding, Ints dilation, int64_t groups, OptionalTensor packed);
 
 void program_depthwise(int64_t program, Ints values, Ints x_shape, Tensor weight,
                        OptionalTensor bias, Ints stride, Ints padding, Ints dilation,
