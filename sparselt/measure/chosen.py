@@ -37,6 +37,7 @@ from sparselt.tune import Tuner
 
 __all__ = [
     "CALL",
+    "IMAGES",
     "PROGRAM",
     "Weights",
     "Work",
@@ -48,8 +49,9 @@ __all__ = [
     "work_on",
 ]
 
-# How a layer is run: by a call with row-major input and output, or between others in a program.
-CALL, PROGRAM = "call", "program"
+# How a layer is run: by a call with row-major input and output, or between others in a program,
+# which may keep the images of a batch innermost.
+CALL, PROGRAM, IMAGES = "call", "program", "images"
 _CSR = "torch_csr"
 _REPEATS = 20
 # Of a batch, whose calls are long enough to differ little.
@@ -136,7 +138,7 @@ def bench_work(
     Args:
         work: the layer and its input.
         weights: of any densities.
-        ways: of `CALL` and `PROGRAM`.
+        ways: of `CALL`, `PROGRAM` and `IMAGES`.
         csr: time torch's CSR product as well.
 
     Returns:
@@ -210,10 +212,12 @@ def _chosen(work: Work, weight: Weights, way: str) -> tuple[Plan, Callable[[], A
         return (*_chosen_product(work, weight), 0)
     module = module_of(work, weight)
     # Of a network that fits no cache.
-    tuner = Tuner(weight_bytes=1 << 60, in_program=way == PROGRAM)
+    tuner = Tuner(weight_bytes=1 << 60, in_program=way != CALL)
+    if way == IMAGES:
+        tuner = tuner.in_images()
     plan = tuner.plan(module, weight.mask, [work.x])
-    if way == PROGRAM:
-        program = MiddleLayer(module, weight.mask, plan, work.x)
+    if way != CALL:
+        program = MiddleLayer(module, weight.mask, plan, work.x, way == IMAGES)
         return plan, program, program.in_panels
     if plan.is_dense:
         return plan, lambda: apply_dense(work.op, work.layer, weight.values, work.x), 0

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from sparselt.measure.chosen import CALL, PROGRAM, bench_work, peak, weights_of, work_on
+from sparselt.measure.chosen import CALL, IMAGES, PROGRAM, bench_work, peak, weights_of, work_on
 from sparselt.measure.report import Column, rich_table
 from sparselt.measure.suites import DLMC, Layer
 from sparselt.measure.sweep import Item, Row, Sweep, caption, threads, timed
@@ -30,7 +30,10 @@ _THREADS = (2, 1)
 _LARGEST_IN_PART = 16
 # A matrix of im2col for a batch would be larger than everything else together; no library makes it.
 _IM2COL_BATCH = 1
+# From so many images on, programs may keep them innermost.
+_LEAST_IMAGES = 16
 _SLOWER = 0.95
+_KINDS = {PROGRAM: "in a program", IMAGES: "with images innermost"}
 
 
 def dlmc_items(
@@ -74,6 +77,8 @@ def _operations(layer: Layer, batch: int) -> tuple[str, ...]:
 
 def _bench(layer: Layer, op: str, batch: int, count: int, densities: Sequence[float]) -> list[Row]:
     ways = {"conv2d": (CALL, PROGRAM), "linear": (PROGRAM,), "spmm": (CALL,)}[op]
+    if op == "conv2d" and batch >= _LEAST_IMAGES:
+        ways += (IMAGES,)
     weights = [weights_of(layer, density) for density in densities]
     csr = op == "spmm" and batch <= _LARGEST_IN_PART
     with threads(count):
@@ -86,10 +91,8 @@ def _part(layer: Layer, op: str, way: str) -> str:
     if layer.name.startswith("transformer"):
         return "transformer in a program" if way == PROGRAM else "transformer spmm"
     size = layer.kernel or (3 if layer.name.endswith("conv2") else 1)
-    kind = (
-        "in a program" if way == PROGRAM else op if layer.kernel or size == 1 else "spmm of im2col"
-    )
-    return f"{size}x{size} {kind}"
+    plain = op if layer.kernel or size == 1 else "spmm of im2col"
+    return f"{size}x{size} {_KINDS.get(way, plain)}"
 
 
 def _peaks() -> dict[str, Any]:
@@ -124,7 +127,8 @@ def slower(rows: Iterable[Row]) -> str:
 def dlmc_summary(result: dict[str, Any]) -> list[dict[str, Any]]:
     """Geometric means over the layers of each part, batch, number of threads and density.
 
-    "resnet50" are the layers as `ops.spmm` runs them; "resnet50 in a program" all of them, 3x3 too.
+    "resnet50" are the layers as `ops.spmm` runs them; "resnet50 in a program" all of them, 3x3 too,
+    and so are those "with images innermost".
     A layer in a program is held against torch's CSR product of the same layer and batch.
     """
     rows = timed(result["rows"])
@@ -132,8 +136,9 @@ def dlmc_summary(result: dict[str, Any]) -> list[dict[str, Any]]:
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
         about = row["batch"], row["threads"], row["density"]
-        wholes = [f"resnet50{' in a program' * (row['way'] == PROGRAM)}"]
-        is_whole = row["way"] == PROGRAM or row["op"] == "spmm"
+        kind = _KINDS.get(row["way"], "")
+        wholes = [f"resnet50 {kind}".strip()]
+        is_whole = kind or row["op"] == "spmm"
         if row["layer"].startswith("transformer") or not is_whole:
             wholes = []
         for part in (row["part"], *wholes):

@@ -31,12 +31,20 @@ class MiddleLayer:
         mask: which weights are kept.
         plan: what it runs.
         x: the program's input, and the layer's.
+        images_innermost: whether the program keeps its values so.
 
     Attributes:
         in_panels: how many of the layer's values, input and output, the program keeps in panels.
     """
 
-    def __init__(self, module: nn.Linear | nn.Conv2d, mask: Tensor, plan: Plan, x: Tensor) -> None:
+    def __init__(
+        self,
+        module: nn.Linear | nn.Conv2d,
+        mask: Tensor,
+        plan: Plan,
+        x: Tensor,
+        images_innermost: bool = False,
+    ) -> None:
         middle: SparseLayer | DenseStep = (
             DenseStep("layer", module, None, None)
             if plan.is_dense
@@ -50,7 +58,7 @@ class MiddleLayer:
             node = graph.call_function(_in_torch, (node,))
             node.meta[LAYER] = layer
         graph.output((node,))
-        program = Segment(graph, ArenaPool()).program_for([x])
+        program = Segment(graph, ArenaPool(), images_innermost).program_for([x])
         assert program is not None, f"{plan.kernel}: no native program of {module}"
         self._x, self._program = x, program
         places = [
