@@ -82,10 +82,10 @@ def chosen_items(measured: Sweep, only: Sequence[str] = (), quick: bool = False)
     items = measured.items(quick)
     found = [item for item in items if not only or any(word in item.name for word in only)]
     if not found:
-        # Cases repeat at every batch and number of threads: the parts before the first comma differ.
+        # Cases repeat at every batch and number of threads; what comes before a comma differs.
         names = "; ".join(dict.fromkeys(item.name.partition(",")[0] for item in items))
         last = items[-1].name
-        raise OptionError(f"--only: expected parts of names like {last!r}, of {names}; got {only}")
+        raise OptionError(f"--only: expected parts of names like {last!r}, of {names}; got {' '.join(only)}")
     return found
 
 
