@@ -84,8 +84,8 @@ def chosen_items(measured: Sweep, only: Sequence[str] = (), quick: bool = False)
     if not found:
         # Cases repeat at every batch and number of threads; what comes before a comma differs.
         names = "; ".join(dict.fromkeys(item.name.partition(",")[0] for item in items))
-        last = items[-1].name
-        raise OptionError(f"--only: expected parts of names like {last!r}, of {names}; got {' '.join(only)}")
+        got = f"{names}; got {' '.join(only)}"
+        raise OptionError(f"--only: expected parts of names like {items[-1].name!r}, of {got}")
     return found
 
 
