@@ -66,7 +66,7 @@ class PackedWeight(nn.Module):
 
     def _adopt(self, packed: SparseWeight) -> None:
         self.format, self.shape, self.block = packed.name, packed.shape, packed.block
-        self._meta, self._nnz = packed.meta(), packed.nnz
+        self._meta, self._nnz, self._kept = packed.meta(), packed.nnz, packed.kept
         self.lifted_meta = [*self._meta[:4], *[1] * (4 - len(self.shape)), *self._meta[4:]]
         # Not register_buffer, which asks for the name as an attribute first: see __getattr__.
         self._buffers.update(zip(packed.part_names, packed.parts(), strict=True))
@@ -118,8 +118,8 @@ class PackedWeight(nn.Module):
 
     @property
     def density(self) -> float:
-        """Stored values over the size of the dense weight."""
-        return self.nnz / max(1, self.numel())
+        """Kept weights over the size of the dense weight."""
+        return self._kept / max(1, self.numel())
 
     @property
     def nbytes(self) -> int:

@@ -67,6 +67,9 @@ def test_round_trip_is_bit_exact(
     assert packed.shape == shape
     assert same_bits(packed.to_dense(), torch.where(mask, weight, 0.0))
     assert bool((packed.mask() | ~mask).all()), "a kept weight is not stored"
+    assert int(mask.sum()) <= packed.kept <= packed.nnz
+    if not format.startswith("bs"):  # blocks count in full
+        assert packed.kept == int(packed.mask().sum())
     packed.validate(full=True)
 
 

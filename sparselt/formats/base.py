@@ -141,6 +141,11 @@ class SparseWeight(ABC):
         return self.values.numel()
 
     @property
+    def kept(self) -> int:
+        """Number of kept weights: `nnz` without what fills rows up."""
+        return self.nnz
+
+    @property
     def density(self) -> float:
         """Stored values over the size of the dense weight; 0.0 for an empty weight.
 

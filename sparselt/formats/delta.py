@@ -35,6 +35,11 @@ class Delta(SELL):
     name: ClassVar[str] = "delta"
     index_dtypes: ClassVar[dict[str, torch.dtype]] = {"columns": torch.uint8}
 
+    @property
+    def kept(self) -> int:
+        """Number of kept weights, fillers left out."""
+        return int((self.columns != JUMP).sum())
+
     @classmethod
     def _arranged(
         cls,

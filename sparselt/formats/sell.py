@@ -99,6 +99,11 @@ class SELL(Sliced):
         crow, col, places = self._compressed()
         return CSR.from_parts((crow, col, self.values[places]), self.shape)
 
+    @property
+    def kept(self) -> int:
+        """Number of kept weights, fillers left out."""
+        return int((self.columns != torch.tensor(self.block[1]).to(self.columns.dtype)).sum())
+
     def _stored(self) -> tuple[Tensor, Tensor]:
         rows, columns, places = self._slices().entries()
         return rows * self.cols + columns, places

@@ -44,6 +44,11 @@ class Sign(Sliced):
         """Number of stored signs, fillers counted."""
         return self.columns.numel()
 
+    @property
+    def kept(self) -> int:
+        """Number of kept weights, fillers left out."""
+        return int((self.columns != torch.tensor(self.block[1]).to(self.columns.dtype)).sum())
+
     @classmethod
     def check_block(cls, block: tuple[int, int] | None) -> tuple[int, int]:
         """(slice height, block cols); raises FormatError for sizes out of range."""

@@ -96,6 +96,11 @@ class Window(SparseWeight):
         indices = (steps, rows.astype(np.int32), windows.astype(np.int16))
         return *(torch.from_numpy(part) for part in indices), columns, values
 
+    @property
+    def kept(self) -> int:
+        """Number of kept weights, fillers left out."""
+        return int((self.columns >= _KEPT).sum())
+
     def _stored(self) -> tuple[Tensor, Tensor]:
         lengths = self.slice_steps.diff().numpy()
         slices = torch.from_numpy(np.repeat(np.arange(lengths.size), lengths))
