@@ -42,8 +42,10 @@ _KERNEL_OP = {"spmm": "spmm", "linear": "spmm", "conv1d": "conv2d", "conv2d": "c
 _PAYS_BELOW_SCALAR = 0.05
 _PAYS_BELOW_ONE_COLUMN = 0.15
 
-# These kernels read the weight once for each tile of columns.
-_SPMV_TURNS = 2
+# These kernels read the weight once for each tile of columns; twice pays for a few columns more. Of
+# twice as many, a call gains yet: but in a program panels are neither made nor taken apart, and the
+# MLP 1024-4096-4096-1024 with 90 % zeros takes 1.36 instead of 1.1 ms at batch 32.
+_SPMV_TURNS = 1.5
 
 # Generated code takes its time to read, so it wants many columns to be run for.
 _CODE_COLUMNS = 512
@@ -217,7 +219,7 @@ def _refusal(facts: Facts, kernel: KernelInfo) -> str:
         return f"computes {kernel.dtype}, the weight is {facts.dtype}"
     if unfit := misfit(facts, kernel):
         return unfit
-    most = _SPMV_TURNS * kernel.tile_columns
+    most = int(_SPMV_TURNS * kernel.tile_columns)
     if kernel.op == "spmv" and (facts.columns is None or facts.columns > most):
         return f"is for at most {most} columns"
     if kernel.op == "code" and facts.columns is not None and facts.columns < _CODE_COLUMNS:

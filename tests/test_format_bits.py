@@ -94,6 +94,6 @@ def test_a_plan_offers_bits_where_enough_is_kept(density: float, applies: bool) 
     (found, _) = candidates(facts, [fast])
     assert found.applies == applies
     assert applies or found.verdict == "is for at least 15 % kept weights"
-    assert not candidates(replace(facts, columns=9), [fast])[0].applies
+    assert not candidates(replace(facts, columns=7), [fast])[0].applies
     chosen = {0.1: "sell_spmv_fast", 0.2: "bits_spmv_fast", 0.6: "dense"}
     assert choose(facts, [slices, fast]).kernel == chosen[density]

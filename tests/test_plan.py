@@ -57,13 +57,13 @@ def test_candidates_keep_the_order_of_the_registry_and_leave_out_other_operation
 
 
 @pytest.mark.parametrize(
-    ("columns", "applies"), [(1, True), (32, True), (33, False), (None, False)]
+    ("columns", "applies"), [(1, True), (24, True), (25, False), (None, False)]
 )
 def test_a_spmv_kernel_is_offered_for_few_columns(columns, applies):
     facts = replace(THIN, columns=columns)
     (found, _) = candidates(facts, [kernel("sell_spmv_fast", tile_rows=16, tile_columns=16)])
     assert found.applies == applies
-    assert applies or found.verdict == "is for at most 32 columns"
+    assert applies or found.verdict == "is for at most 24 columns"
     assert not any(
         c.kernel == "sell_spmv_fast"
         for c in candidates(replace(facts, op="conv2d"), [kernel("sell_spmv_fast")])
