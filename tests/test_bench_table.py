@@ -121,6 +121,7 @@ def test_figures_of_another_machine_are_not_continued(timed: list[str], tmp_path
     report.write_json(path, kept)
     with pytest.raises(DataError, match="the same cpu"):
         table.bench_table(cases, path=path, resume=True, engines=ENGINES)
+    assert len(timed) == 1, "minutes were spent before the file was refused"
 
 
 def test_notes_name_failures_and_other_work() -> None:

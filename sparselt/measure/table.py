@@ -12,11 +12,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from sparselt.errors import DataError, OptionError
 from sparselt.measure.baselines import BASELINES
-from sparselt.measure.machine import is_busy
+from sparselt.measure.machine import header, is_busy
 from sparselt.measure.model import bench_variants, merged
 from sparselt.measure.networks import example_inputs, has_real_masks, pruned_network
 from sparselt.measure.report import Column, microseconds, read_json, write_json
@@ -130,6 +131,9 @@ def bench_table(
     results: list[dict[str, Any]] = []
     if resume and path is not None and Path(path).exists():
         results.append(read_json(path))
+        # Before minutes are spent, and again with what was measured.
+        here = header() | {"threads": threads or torch.get_num_threads()}
+        _check_same(results, {"machine": here})
     for done, case in enumerate(cases):
         found = _bench_case(
             case,
