@@ -39,6 +39,7 @@ def timed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return reports
 
     monkeypatch.setattr(table, "bench_variants", bench_variants)
+    monkeypatch.setattr(table, "header", lambda: dict(MACHINE))
     return names
 
 

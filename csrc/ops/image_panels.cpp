@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "ops/image_panels.h"
 
+#include <torch/headeronly/util/Exception.h>
+
 #include <limits>
 #include <vector>
 
@@ -65,6 +67,8 @@ class ImagePanelTask final : public ImageTask {
     x_ = x;
     y_ = y;
     residual_ = residual;
+    check_offsets(y);
+    if (residual) check_offsets(*residual);
     place_columns();
     if (weight_.kernel->op == "code") {
       code_ = std::make_shared<const jit::PanelCode>(placed_);
@@ -91,6 +95,14 @@ class ImagePanelTask final : public ImageTask {
   }
 
  private:
+  // Pieces count from the first vector of a panel, which may reach into a few groups of images.
+  void check_offsets(const ImageLayout& map) const {
+    const int64_t groups = kMaxPanelVectors / map.area() + 2;
+    STD_TORCH_CHECK(groups * map.lines() * map.pitch() <
+                        std::numeric_limits<int32_t>::max() / map.vector_floats(),
+                    "x: images of this size need more than 32-bit offsets; split them");
+  }
+
   // The weight with places instead of columns, so that kernels read x where it lies.
   void place_columns() {
     const SellView& w = weight_.sell;

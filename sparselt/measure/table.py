@@ -12,7 +12,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from sparselt.errors import DataError, OptionError
@@ -132,8 +131,8 @@ def bench_table(
     if resume and path is not None and Path(path).exists():
         results.append(read_json(path))
         # Before minutes are spent, and again with what was measured.
-        here = header() | {"threads": threads or torch.get_num_threads()}
-        _check_same(results, {"machine": here})
+        chosen = {} if threads is None else {"threads": threads}
+        _check_same(results, {"machine": header() | chosen})
     for done, case in enumerate(cases):
         found = _bench_case(
             case,
