@@ -24,7 +24,7 @@ constexpr int kTileRows = 4;
 // Rows [first_row, first_row + kTileRows) of a slice, N registers from `first` on.
 template <int NV, int N>
 void multiply_tile(const PanelCall& call, const XBlock& x, int64_t slice, int64_t first_row,
-                   int first, bool is_first, bool finish) {
+                   int first, bool is_first, Ending ending) {
   const SellView& w = call.weight;
   __m256 sum[kTileRows][N];
   SPARSELT_UNROLL
@@ -47,32 +47,26 @@ void multiply_tile(const PanelCall& call, const XBlock& x, int64_t slice, int64_
     values += w.slice_height;
   }
   const int32_t* rows = w.slice_rows + slice * w.slice_height + first_row;
-  if (finish) {
-    SPARSELT_UNROLL
-    for (int r = 0; r < kTileRows; ++r) {
-      if (rows[r] >= 0) finish_row<NV>(call, rows[r], first, sum[r], is_first);
-    }
-  } else {
-    SPARSELT_UNROLL
-    for (int r = 0; r < kTileRows; ++r) {
-      if (rows[r] >= 0) add_to_row<NV>(call, rows[r], first, sum[r], is_first);
-    }
+  SPARSELT_UNROLL
+  for (int r = 0; r < kTileRows; ++r) {
+    if (rows[r] >= 0) end_row<NV>(call, rows[r], first, sum[r], is_first, ending);
   }
 }
 
 template <int NV>
 void multiply_block(const PanelCall& call, const XBlock& x, int64_t first_slice, int64_t last_slice,
-                    bool is_first, bool is_last) {
+                    bool is_first, bool is_last, Ahead& ahead) {
   constexpr int kTileRegisters = NV == 1 ? 2 : NV;
   const int64_t height = call.weight.slice_height;
-  const bool finish = is_last && is_whole<NV>(call);
+  const Ending ending = ending_of<NV>(call, is_last);
   for (int64_t slice = first_slice; slice < last_slice; ++slice) {
+    ahead.fetch();
     for (int64_t row = 0; row < height; row += kTileRows) {
       for (int first = 0; first < 2 * NV; first += kTileRegisters) {
-        multiply_tile<NV, kTileRegisters>(call, x, slice, row, first, is_first, finish);
+        multiply_tile<NV, kTileRegisters>(call, x, slice, row, first, is_first, ending);
       }
     }
-    if (!is_last || finish) continue;
+    if (ending != Ending::kPieces) continue;
     const int32_t* rows = call.weight.slice_rows + slice * height;
     for (int64_t r = 0; r < height; ++r) {
       if (rows[r] >= 0) store_row<NV>(call, rows[r]);

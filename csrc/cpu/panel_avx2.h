@@ -1,107 +1,32 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// What the AVX2 panel kernels share: the copy of x into the scratch, and what is done with sums
-// from block to block and at the end. Include inside the target region, after <immintrin.h>,
-// cpu/target.h and kernels.h.
+// What the AVX2 panel kernels share: what is done with sums from block to block and at the end.
+// Include inside the target region, after <immintrin.h>, cpu/target.h and kernels.h.
 #pragma once
+
+#include "cpu/ahead.h"
+#include "cpu/panel_copy_avx2.h"
 
 namespace sparselt::cpu {
 namespace {
-
-constexpr int kLanes = 8;        // floats a register
-constexpr int kPieceLanes = 16;  // floats a vector of a panel: two registers
-constexpr int kMaxVectors = 3;   // of a panel
-
-// The lanes of one half of a piece, as maskload and maskstore want them.
-inline __m256i half_mask(uint16_t mask, int half) {
-  const __m256i bits = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
-  const __m256i all = _mm256_set1_epi32(mask >> (half * kLanes));
-  return _mm256_cmpeq_epi32(_mm256_and_si256(all, bits), bits);
-}
-
-// Lanes outside the mask are zero.
-inline __m256 load_half(const float* base, const Piece& piece, int half) {
-  const float* at = base + piece.offset + half * kLanes;
-  if (piece.mask == 0xffff) return _mm256_loadu_ps(at);
-  return _mm256_maskload_ps(at, half_mask(piece.mask, half));
-}
-
-// A block of x: row c of vector v is the 16 floats at vectors[v] + c * kPieceLanes.
-struct XBlock {
-  const float* vectors[kMaxVectors];
-};
-
-// Register i of each row.
-inline const float* register_of(const XBlock& x, int i) {
-  return x.vectors[i / 2] + i % 2 * kLanes;
-}
-
-// Rows [first, last) of x for this panel into the scratch, each vector with a row of zeros at the
-// end: what a filled-up row multiplies its zeros with, since any other x could be infinite.
-template <int NV>
-void copy_block(const PanelCall& call, int64_t first, int64_t last) {
-  const Panel& panel = call.panel;
-  const int64_t stride = (call.weight.block_cols + 1) * kPieceLanes;
-  int64_t tap = first % panel.taps;
-  const float* base = panel.x + first / panel.taps * panel.channel_stride;
-  float* to = call.x_block;
-  for (int64_t k = first; k < last; ++k, to += kPieceLanes) {
-    const Piece* pieces = panel.loads + tap * NV;
-    for (int i = 0; i < 2 * NV; ++i) {
-      _mm256_store_ps(to + i / 2 * stride + i % 2 * kLanes, load_half(base, pieces[i / 2], i % 2));
-    }
-    for (int32_t e = panel.tap_extra[tap]; e < panel.tap_extra[tap + 1]; ++e) {
-      const Piece& piece = panel.extra_loads[e];
-      for (int half = 0; half < 2; ++half) {
-        float* at = to + piece.vector * stride + half * kLanes;
-        // Pieces of a vector share no lane, and their other lanes are zero.
-        const __m256 more = load_half(base, piece, half);
-        _mm256_store_ps(at, _mm256_or_ps(_mm256_load_ps(at), more));
-      }
-    }
-    if (++tap == panel.taps) {
-      tap = 0;
-      base += panel.channel_stride;
-    }
-  }
-  for (int i = 0; i < 2 * NV; ++i) {
-    float* filler = call.x_block + (i / 2 + 1) * stride - kPieceLanes;
-    _mm256_store_ps(filler + i % 2 * kLanes, _mm256_setzero_ps());
-  }
-}
-
-// Block `block` of this panel's x: where it lies, or copied.
-template <int NV>
-XBlock x_of_block(const PanelCall& call, int64_t block) {
-  const SellView& w = call.weight;
-  const Panel& panel = call.panel;
-  XBlock x{};
-  if (!panel.loads) {
-    const float* at = panel.x + block * panel.x_block_stride;
-    for (int v = 0; v < NV; ++v) x.vectors[v] = at + panel.x_places[v];
-    return x;
-  }
-  const int64_t first = block * w.block_cols;
-  const int64_t last = first + w.block_cols < w.cols ? first + w.block_cols : w.cols;
-  copy_block<NV>(call, first, last);
-  for (int v = 0; v < NV; ++v) x.vectors[v] = call.x_block + v * (w.block_cols + 1) * kPieceLanes;
-  return x;
-}
 
 inline int64_t place_of_row(const PanelRows& rows, int64_t m) {
   return (m + static_cast<uint32_t>(m) / rows.period) * rows.stride;
 }
 
-// Clamp and store of one half of a piece.
-inline void store_half(__m256 sum, const Piece& piece, int half, const Epilogue& e, float* y) {
-  // The second operand of max and min is the one that survives a NaN.
-  sum = _mm256_max_ps(_mm256_set1_ps(e.lower), sum);
-  sum = _mm256_min_ps(_mm256_set1_ps(e.upper), sum);
+// The second operand of max and min is the one that survives a NaN.
+inline __m256 clamp(__m256 sum, __m256 lower, __m256 upper) {
+  return _mm256_min_ps(upper, _mm256_max_ps(lower, sum));
+}
+
+// Masked stores are slow on AMD.
+inline void store_half(__m256 sum, const Piece& piece, int half, float* y) {
   float* at = y + piece.offset + half * kLanes;
-  if (piece.mask == 0xffff) {
+  const unsigned bits = half_bits(piece, half);
+  if (bits == kHalf) {
     _mm256_storeu_ps(at, sum);
-  } else {
-    _mm256_maskstore_ps(at, half_mask(piece.mask, half), sum);
+  } else if (bits != 0) {
+    _mm256_maskstore_ps(at, half_mask(bits), sum);
   }
 }
 
@@ -117,76 +42,130 @@ void store_row(const PanelCall& call, int64_t m) {
       float* at = sums + piece.vector * kPieceLanes + i % 2 * kLanes;
       const __m256 sum = _mm256_load_ps(at);
       const __m256 all = _mm256_add_ps(sum, load_half(residual, piece, i % 2));
-      const __m256 lanes = _mm256_castsi256_ps(half_mask(piece.mask, i % 2));
+      const __m256 lanes = _mm256_castsi256_ps(half_mask(half_bits(piece, i % 2)));
       _mm256_store_ps(at, _mm256_blendv_ps(sum, all, lanes));
     }
   }
+  const __m256 lower = _mm256_set1_ps(call.epilogue.lower);
+  const __m256 upper = _mm256_set1_ps(call.epilogue.upper);
   float* y = panel.y + place_of_row(panel.y_rows, m);
   for (int i = 0; i < 2 * panel.y_rows.num_pieces; ++i) {
     const Piece& piece = panel.y_rows.pieces[i / 2];
     const float* at = sums + piece.vector * kPieceLanes + i % 2 * kLanes;
-    store_half(_mm256_load_ps(at), piece, i % 2, call.epilogue, y);
+    store_half(clamp(_mm256_load_ps(at), lower, upper), piece, i % 2, y);
   }
 }
 
-// Adds a block's sums of row m, registers [first, first + N) of the panel, to those of the blocks
+// A block's sums of row m, registers [first, first + N) of the panel, with those of the blocks
 // before; the first block adds the bias.
 template <int NV, int N>
-void add_to_row(const PanelCall& call, int64_t m, int first, const __m256 (&sum)[N],
-                bool is_first) {
-  float* sums = call.sums + m * (NV * kPieceLanes) + first * kLanes;
-  const __m256 bias = _mm256_set1_ps(call.epilogue.bias ? call.epilogue.bias[m] : 0.0f);
-  SPARSELT_UNROLL
-  for (int i = 0; i < N; ++i) {
-    const __m256 before = is_first ? bias : _mm256_load_ps(sums + i * kLanes);
-    _mm256_store_ps(sums + i * kLanes, _mm256_add_ps(before, sum[i]));
+void add_before(const PanelCall& call, int64_t m, int first, __m256 (&sum)[N], bool is_first) {
+  if (is_first) {
+    const __m256 bias = _mm256_set1_ps(call.epilogue.bias ? call.epilogue.bias[m] : 0.0f);
+    SPARSELT_UNROLL
+    for (int i = 0; i < N; ++i) sum[i] = _mm256_add_ps(bias, sum[i]);
+  } else {
+    const float* sums = call.sums + m * (NV * kPieceLanes) + first * kLanes;
+    SPARSELT_UNROLL
+    for (int i = 0; i < N; ++i) sum[i] = _mm256_add_ps(_mm256_load_ps(sums + i * kLanes), sum[i]);
   }
 }
 
-// Whether each vector of the panel is one piece of y, and of the residual.
-template <int NV>
-bool is_whole(const PanelCall& call) {
-  const Panel& panel = call.panel;
-  return panel.y_rows.num_pieces == NV &&
-         (!call.epilogue.residual || panel.residual_rows.num_pieces == NV);
+template <int NV, int N>
+void keep_row(const PanelCall& call, int64_t m, int first, const __m256 (&sum)[N]) {
+  float* sums = call.sums + m * (NV * kPieceLanes) + first * kLanes;
+  SPARSELT_UNROLL
+  for (int i = 0; i < N; ++i) _mm256_store_ps(sums + i * kLanes, sum[i]);
 }
 
-// Ends row m, registers [first, first + N) of a whole panel, with the sums of the last block, from
-// their registers.
-template <int NV, int N>
-void finish_row(const PanelCall& call, int64_t m, int first, const __m256 (&sum)[N],
-                bool is_first) {
+// What becomes of the sums of a block's row.
+enum class Ending {
+  kKept,    // there is another block
+  kPieces,  // the last block: kept until all of the row is there, then stored piece by piece
+  kPartly,  // the last block, and each vector is one piece of y and of the residual
+  kWhole,   // so, and every lane of them is meant
+};
+
+template <int NV>
+Ending ending_of(const PanelCall& call, bool is_last) {
+  if (!is_last) return Ending::kKept;
+  const bool has_residual = call.epilogue.residual != nullptr;
+  const PanelRows& y = call.panel.y_rows;
+  const PanelRows& residual = call.panel.residual_rows;
+  if (y.num_pieces != NV || (has_residual && residual.num_pieces != NV)) return Ending::kPieces;
+  bool whole = true;
+  for (int v = 0; v < NV; ++v) {
+    whole = whole && y.pieces[v].mask == kWholeMask;
+    whole = whole && (!has_residual || residual.pieces[v].mask == kWholeMask);
+  }
+  return whole ? Ending::kWhole : Ending::kPartly;
+}
+
+// Ends row m, registers [first, first + N) of a panel of vectors that are one piece each.
+template <int N, bool kWhole>
+void finish_row(const PanelCall& call, int64_t m, int first, __m256 (&sum)[N]) {
   const Panel& panel = call.panel;
-  const float* sums = call.sums + m * (NV * kPieceLanes) + first * kLanes;
-  const __m256 bias = _mm256_set1_ps(call.epilogue.bias ? call.epilogue.bias[m] : 0.0f);
+  const __m256 lower = _mm256_set1_ps(call.epilogue.lower);
+  const __m256 upper = _mm256_set1_ps(call.epilogue.upper);
+  const Piece* y_pieces = panel.y_rows.pieces;
   float* y = panel.y + place_of_row(panel.y_rows, m);
-  const float* residual = call.epilogue.residual;
-  if (residual) residual += place_of_row(panel.residual_rows, m);
+  if (call.epilogue.residual) {
+    const float* residual = call.epilogue.residual + place_of_row(panel.residual_rows, m);
+    const Piece* pieces = panel.residual_rows.pieces;
+    SPARSELT_UNROLL
+    for (int i = 0; i < N; ++i) {
+      const Piece& piece = pieces[(first + i) / 2];
+      const int half = (first + i) % 2;
+      const __m256 more = kWhole ? _mm256_loadu_ps(residual + piece.offset + half * kLanes)
+                                 : load_half(residual, piece, half);
+      sum[i] = _mm256_add_ps(sum[i], more);
+    }
+  }
   SPARSELT_UNROLL
   for (int i = 0; i < N; ++i) {
-    const int vector = (first + i) / 2;
+    const Piece& piece = y_pieces[(first + i) / 2];
     const int half = (first + i) % 2;
-    const __m256 before = is_first ? bias : _mm256_load_ps(sums + i * kLanes);
-    __m256 out = _mm256_add_ps(before, sum[i]);
-    if (residual) {
-      out = _mm256_add_ps(out, load_half(residual, panel.residual_rows.pieces[vector], half));
+    const __m256 out = clamp(sum[i], lower, upper);
+    if constexpr (kWhole) {
+      _mm256_storeu_ps(y + piece.offset + half * kLanes, out);
+    } else {
+      store_half(out, piece, half, y);
     }
-    store_half(out, panel.y_rows.pieces[vector], half, call.epilogue, y);
+  }
+}
+
+// Ends row m of a block, registers [first, first + N), but for storing pieces.
+template <int NV, int N>
+void end_row(const PanelCall& call, int64_t m, int first, __m256 (&sum)[N], bool is_first,
+             Ending ending) {
+  add_before<NV>(call, m, first, sum, is_first);
+  switch (ending) {
+    case Ending::kWhole:
+      return finish_row<N, true>(call, m, first, sum);
+    case Ending::kPartly:
+      return finish_row<N, false>(call, m, first, sum);
+    default:
+      return keep_row<NV>(call, m, first, sum);
   }
 }
 
 using BlockFunction = void (*)(const PanelCall& call, const XBlock& x, int64_t first_slice,
-                               int64_t last_slice, bool is_first, bool is_last);
+                               int64_t last_slice, bool is_first, bool is_last, Ahead& ahead);
 
 // The panel, block by block of columns; `kMultiply` does the slices of one block of one section.
 template <int NV, BlockFunction kMultiply>
 void multiply_panel(const PanelCall& call, Range sections) {
   const SellView& w = call.weight;
+  const bool in_one_go = !call.panel.loads && call.panel.x_block_stride == 0;
+  const int64_t slices =
+      w.block_slices[sections.end * w.num_blocks] - w.block_slices[sections.begin * w.num_blocks];
+  Ahead ahead(call.panel.next, slices);
   for (int64_t block = 0; block < w.num_blocks; ++block) {
     const XBlock x = x_of_block<NV>(call, block);
+    if (!in_one_go) ahead = Ahead(lines_after(call, NV, block), slices / w.num_blocks);
     for (int64_t section = sections.begin; section < sections.end; ++section) {
       const int32_t* slices = w.block_slices + section * w.num_blocks + block;
-      kMultiply(call, x, slices[0], slices[1], block == 0, block + 1 == w.num_blocks);
+      kMultiply(call, x, slices[0], slices[1], block == 0, block + 1 == w.num_blocks, ahead);
     }
   }
 }

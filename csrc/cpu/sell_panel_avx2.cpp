@@ -22,42 +22,58 @@ namespace {
 
 constexpr int kSliceRows = 2;
 
+// Half a row of x, `at` bytes from the first.
+inline __m256 load_at(const float* vector, uint64_t at, int half) {
+  const auto* bytes = reinterpret_cast<const char*>(vector) + at;
+  return _mm256_load_ps(reinterpret_cast<const float*>(bytes) + half * kLanes);
+}
+
+template <int NV>
+inline void add_product(const XBlock& x, __m256 value, uint64_t at, __m256 (&sum)[2 * NV]) {
+  SPARSELT_UNROLL
+  for (int i = 0; i < 2 * NV; ++i) {
+    sum[i] = _mm256_fmadd_ps(value, load_at(x.vectors[i / 2], at, i % 2), sum[i]);
+  }
+}
+
+// Where column j of four lies, in bytes.
+constexpr uint64_t kRowBytes = kPieceLanes * sizeof(float);
+inline uint64_t place_of(uint64_t four, int j) { return (four >> (16 * j) & 0xffff) * kRowBytes; }
+
 // The slices of one block of one section.
 template <int NV>
 void multiply_block(const PanelCall& call, const XBlock& x, int64_t first_slice, int64_t last_slice,
-                    bool is_first, bool is_last) {
+                    bool is_first, bool is_last, Ahead& ahead) {
   const SellView& w = call.weight;
+  const Ending ending = ending_of<NV>(call, is_last);
   for (int64_t slice = first_slice; slice < last_slice; ++slice) {
     const int32_t* rows = w.slice_rows + slice * kSliceRows;
+    ahead.fetch();
     __m256 sum[kSliceRows][2 * NV];
     for (int r = 0; r < kSliceRows; ++r) {
       for (int i = 0; i < 2 * NV; ++i) sum[r][i] = _mm256_setzero_ps();
     }
-    for (int64_t step = w.slice_steps[slice]; step < w.slice_steps[slice + 1]; ++step) {
-      const uint16_t* columns = w.columns + step * kSliceRows;
-      const float* values = w.values + step * kSliceRows;
-      for (int r = 0; r < kSliceRows; ++r) {
-        const __m256 value = _mm256_broadcast_ss(values + r);
-        const int64_t at = int64_t{columns[r]} * kPieceLanes;
-        for (int i = 0; i < 2 * NV; ++i) {
-          const float* data = x.vectors[i / 2] + i % 2 * kLanes;
-          sum[r][i] = _mm256_fmadd_ps(value, _mm256_load_ps(data + at), sum[r][i]);
-        }
-      }
+    const uint16_t* columns = w.columns + w.slice_steps[slice] * kSliceRows;
+    const float* values = w.values + w.slice_steps[slice] * kSliceRows;
+    const float* const end = w.values + w.slice_steps[slice + 1] * kSliceRows;
+    for (; values + kSliceRows < end; values += 2 * kSliceRows, columns += 2 * kSliceRows) {
+      uint64_t four;
+      __builtin_memcpy(&four, columns, sizeof(four));
+      const __m256 all = _mm256_broadcast_ps(reinterpret_cast<const __m128*>(values));
+      add_product<NV>(x, _mm256_permute_ps(all, 0x00), place_of(four, 0), sum[0]);
+      add_product<NV>(x, _mm256_permute_ps(all, 0x55), place_of(four, 1), sum[1]);
+      add_product<NV>(x, _mm256_permute_ps(all, 0xaa), place_of(four, 2), sum[0]);
+      add_product<NV>(x, _mm256_permute_ps(all, 0xff), place_of(four, 3), sum[1]);
     }
-    if (is_last && is_whole<NV>(call)) {
-      SPARSELT_UNROLL
-      for (int r = 0; r < kSliceRows; ++r) {
-        if (rows[r] >= 0) finish_row<NV>(call, rows[r], 0, sum[r], is_first);
-      }
-      continue;
+    if (values < end) {
+      add_product<NV>(x, _mm256_broadcast_ss(values), columns[0] * kRowBytes, sum[0]);
+      add_product<NV>(x, _mm256_broadcast_ss(values + 1), columns[1] * kRowBytes, sum[1]);
     }
     SPARSELT_UNROLL
     for (int r = 0; r < kSliceRows; ++r) {
-      if (rows[r] >= 0) add_to_row<NV>(call, rows[r], 0, sum[r], is_first);
+      if (rows[r] >= 0) end_row<NV>(call, rows[r], 0, sum[r], is_first, ending);
     }
-    if (!is_last) continue;
-    for (int r = 0; r < kSliceRows; ++r) {
+    for (int r = 0; ending == Ending::kPieces && r < kSliceRows; ++r) {
       if (rows[r] >= 0) store_row<NV>(call, rows[r]);
     }
   }

@@ -13,6 +13,8 @@ namespace {
 
 // Vectors that a thread must have for pixels to be shared out rather than rows.
 constexpr int64_t kWorthSharing = 4;
+// Cache lines of x to bring ahead of a panel: half of a small second-level cache.
+constexpr int64_t kMostAhead = 4096;
 constexpr int64_t kMaxPlace = std::numeric_limits<uint16_t>::max();
 
 // Where a column of the weight finds its x: rows of 16 floats from the vector of the first filter
@@ -90,7 +92,9 @@ class ImagePanelTask final : public ImageTask {
     const int64_t panels = (count + most_ - 1) / most_;
     for (int64_t i = 0; i < panels; ++i) {
       const Range share = even_range(count, i, panels);
-      run_panel({pixels.begin + share.begin, pixels.begin + share.end}, own_sections, operands);
+      const Range next = i + 1 < panels ? even_range(count, i + 1, panels) : Range{};
+      const Lines ahead = new_lines(moved(next, pixels.begin), operands.x);
+      run_panel(moved(share, pixels.begin), own_sections, operands, ahead);
     }
   }
 
@@ -126,7 +130,25 @@ class ImagePanelTask final : public ImageTask {
     placed_.code = {};
   }
 
-  void run_panel(Range pixels, Range sections, const Operands& operands) const {
+  static Range moved(Range range, int64_t by) { return {range.begin + by, range.end + by}; }
+
+  // What the panel of some pixels reads of x that the one before did not.
+  Lines new_lines(Range pixels, const float* x) const {
+    if (pixels.begin == pixels.end) return {};
+    const Pixel at = Pixel::of(y_, pixels.begin);
+    const Axis& w = geometry_.w;
+    const Axis& h = geometry_.h;
+    const int64_t read = (w.kernel - 1) * w.dilation - w.padding;  // beyond a pixel's first vector
+    const bool in_line = at.column > 0;
+    const int64_t first = in_line ? (at.column - 1) * w.stride + read + 1 : -w.padding;
+    const int64_t last = (at.column + pixels.end - pixels.begin - 1) * w.stride + read;
+    const int64_t lines = std::max<int64_t>(0, last + 1 - first) * (x_.channels + 1);
+    const int64_t rows = std::min(h.kernel, kMostAhead / std::max<int64_t>(1, lines));
+    return {x + x_.place(at.group, at.line * h.stride - h.padding, first),
+            h.dilation * x_.pitch() * x_.vector_floats(), rows, lines};
+  }
+
+  void run_panel(Range pixels, Range sections, const Operands& operands, const Lines& next) const {
     int64_t x_places[kMaxPanelVectors];
     Piece y_pieces[kMaxPanelVectors];
     Piece residual_pieces[kMaxPanelVectors];
@@ -154,6 +176,7 @@ class ImagePanelTask final : public ImageTask {
     panel.taps = 1;
     panel.vectors = v;
     panel.x_places = x_places;
+    panel.next = next;
     panel.y = operands.y + y_begin;
     panel.y_rows = {kPanelLanes, kNoPeriod, y_pieces, v};
     panel.residual_rows = {kPanelLanes, kNoPeriod, residual_pieces, v};

@@ -85,7 +85,8 @@ class PanelMaker {
             0,
             nullptr,
             stored,
-            stored};
+            stored,
+            {}};
   }
 
  private:
@@ -199,6 +200,14 @@ class PanelMaker {
   int32_t row_[kMaxPanelLanes] = {};
   int32_t column_[kMaxPanelLanes] = {};
 };
+
+// Where the first tap of an output pixel finds channel 0 of x, in floats from the start of x on.
+inline int64_t first_place(const PanelSource& source, int64_t pixel) {
+  const int64_t area = source.out_height * source.out_width;
+  const int64_t row = pixel % area / source.out_width;
+  return pixel / area * source.image_stride + row * source.row_stride + pixel % source.out_width +
+         source.taps[0].offset;
+}
 
 // Points the panel of a product of `rows` rows that begins at flat pixel `begin` at its x and y,
 // and returns the image of that pixel, which offsets count from.

@@ -123,6 +123,19 @@ void PanelTask::write_zeros(int64_t begin, int vectors, float* y) const {
   }
 }
 
+// What the first block of the panel of some pixels reads of x. With several taps a channel is read
+// several times and has been in a cache since the first: nothing.
+Lines PanelTask::first_lines(Range pixels, const float* x) const {
+  const int64_t vectors = (pixels.end - pixels.begin + kPanelLanes - 1) / kPanelLanes;
+  const int64_t rows = std::min(weight_.sell.cols, weight_.sell.block_cols);
+  if (layouts_.x) {
+    const int64_t apart = layouts_.x->vector_floats();
+    return {x + pixels.begin / kPanelLanes * apart, apart, vectors, rows};
+  }
+  if (source_.taps.size() > 1) return {};
+  return {x + first_place(source_, pixels.begin), source_.channel_stride, rows, vectors + 1};
+}
+
 PanelCall PanelTask::call_of(Panel panel, int64_t begin, const Operands& operands) const {
   const int64_t image = point(source_, weight_.rows, begin, operands.x, operands.y, &panel);
   const float* residual = operands.residual;
@@ -172,15 +185,18 @@ void PanelTask::run(int64_t, int64_t part, const Operands& operands) const {
   if (!stored_.empty()) {
     for (int64_t i = 0; i < panels; ++i) {
       const Range pixels = panel_pixels(share.pixels, i);
-      const Stored& stored = stored_.find({pixels.begin % area, pixels.end - pixels.begin})->second;
-      run_panel(stored.panel, pixels.begin, share.sections, operands);
+      Panel panel = stored_.find({pixels.begin % area, pixels.end - pixels.begin})->second.panel;
+      if (i + 1 < panels) panel.next = first_lines(panel_pixels(share.pixels, i + 1), operands.x);
+      run_panel(panel, pixels.begin, share.sections, operands);
     }
     return;
   }
   PanelMaker maker(source_, weight_.rows);
   for (int64_t i = 0; i < panels; ++i) {
     const Range pixels = panel_pixels(share.pixels, i);
-    run_panel(maker.make(pixels.begin, pixels.end), pixels.begin, share.sections, operands);
+    Panel panel = maker.make(pixels.begin, pixels.end);
+    if (i + 1 < panels) panel.next = first_lines(panel_pixels(share.pixels, i + 1), operands.x);
+    run_panel(panel, pixels.begin, share.sections, operands);
   }
 }
 

@@ -47,6 +47,7 @@ class PanelTask : public Task {
   Share share_of(int64_t part) const;
   int64_t panels_of(Range pixels) const;
   Range panel_pixels(Range pixels, int64_t index) const;
+  Lines first_lines(Range pixels, const float* x) const;
   void run_panel(Panel panel, int64_t begin, Range sections, const Operands& operands) const;
   PanelCall call_of(Panel panel, int64_t begin, const Operands& operands) const;
   void write_zeros(int64_t begin, int vectors, float* y) const;
