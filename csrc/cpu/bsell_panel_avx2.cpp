@@ -22,9 +22,9 @@ namespace {
 constexpr int kTileRows = 4;
 
 // Rows [first_row, first_row + kTileRows) of a slice, N registers from `first` on.
-template <int NV, int N>
-void multiply_tile(const PanelCall& call, const XBlock& x, int64_t slice, int64_t first_row,
-                   int first, bool is_first, Ending ending) {
+template <int NV, Ending kEnding, int N>
+[[gnu::noinline]] void multiply_tile(const PanelCall& call, const XBlock& x, int64_t slice,
+                                     int64_t first_row, int first, bool is_first) {
   const SellView& w = call.weight;
   __m256 sum[kTileRows][N];
   SPARSELT_UNROLL
@@ -49,41 +49,42 @@ void multiply_tile(const PanelCall& call, const XBlock& x, int64_t slice, int64_
   const int32_t* rows = w.slice_rows + slice * w.slice_height + first_row;
   SPARSELT_UNROLL
   for (int r = 0; r < kTileRows; ++r) {
-    if (rows[r] >= 0) end_row<NV>(call, rows[r], first, sum[r], is_first, ending);
+    if (rows[r] >= 0) end_row<NV, kEnding>(call, rows[r], first, sum[r], is_first);
   }
 }
 
-template <int NV>
-void multiply_block(const PanelCall& call, const XBlock& x, int64_t first_slice, int64_t last_slice,
-                    bool is_first, bool is_last, Ahead& ahead) {
-  constexpr int kTileRegisters = NV == 1 ? 2 : NV;
-  const int64_t height = call.weight.slice_height;
-  const Ending ending = ending_of<NV>(call, is_last);
-  for (int64_t slice = first_slice; slice < last_slice; ++slice) {
-    ahead.fetch();
-    for (int64_t row = 0; row < height; row += kTileRows) {
-      for (int first = 0; first < 2 * NV; first += kTileRegisters) {
-        multiply_tile<NV, kTileRegisters>(call, x, slice, row, first, is_first, ending);
+template <int NV, Ending kEnding>
+struct Slices {
+  static void multiply(const PanelCall& call, const XBlock& x, Range slices, bool is_first,
+                       Ahead& ahead) {
+    constexpr int kTileRegisters = NV == 1 ? 2 : NV;
+    const int64_t height = call.weight.slice_height;
+    for (int64_t slice = slices.begin; slice < slices.end; ++slice) {
+      ahead.fetch();
+      for (int64_t row = 0; row < height; row += kTileRows) {
+        for (int first = 0; first < 2 * NV; first += kTileRegisters) {
+          multiply_tile<NV, kEnding, kTileRegisters>(call, x, slice, row, first, is_first);
+        }
+      }
+      if (kEnding != Ending::kPieces) continue;
+      const int32_t* rows = call.weight.slice_rows + slice * height;
+      for (int64_t r = 0; r < height; ++r) {
+        if (rows[r] >= 0) store_row<NV>(call, rows[r]);
       }
     }
-    if (ending != Ending::kPieces) continue;
-    const int32_t* rows = call.weight.slice_rows + slice * height;
-    for (int64_t r = 0; r < height; ++r) {
-      if (rows[r] >= 0) store_row<NV>(call, rows[r]);
-    }
   }
-}
+};
 
 }  // namespace
 
 void bsell_panel_avx2(const PanelCall& call, Range sections) {
   switch (call.panel.vectors) {
     case 1:
-      return multiply_panel<1, multiply_block<1>>(call, sections);
+      return multiply_panel<Slices, 1>(call, sections);
     case 2:
-      return multiply_panel<2, multiply_block<2>>(call, sections);
+      return multiply_panel<Slices, 2>(call, sections);
     default:
-      return multiply_panel<3, multiply_block<3>>(call, sections);
+      return multiply_panel<Slices, 3>(call, sections);
   }
 }
 

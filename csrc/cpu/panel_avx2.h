@@ -57,9 +57,11 @@ void store_row(const PanelCall& call, int64_t m) {
 }
 
 // A block's sums of row m, registers [first, first + N) of the panel, with those of the blocks
-// before; the first block adds the bias.
+// before; the first block adds the bias. (Inlined like all that follow, or GCC 12 would keep sums
+// in memory, and in the loops that make them at that.)
 template <int NV, int N>
-void add_before(const PanelCall& call, int64_t m, int first, __m256 (&sum)[N], bool is_first) {
+[[gnu::always_inline]] inline void add_before(const PanelCall& call, int64_t m, int first,
+                                              __m256 (&sum)[N], bool is_first) {
   if (is_first) {
     const __m256 bias = _mm256_set1_ps(call.epilogue.bias ? call.epilogue.bias[m] : 0.0f);
     SPARSELT_UNROLL
@@ -72,7 +74,8 @@ void add_before(const PanelCall& call, int64_t m, int first, __m256 (&sum)[N], b
 }
 
 template <int NV, int N>
-void keep_row(const PanelCall& call, int64_t m, int first, const __m256 (&sum)[N]) {
+[[gnu::always_inline]] inline void keep_row(const PanelCall& call, int64_t m, int first,
+                                            const __m256 (&sum)[N]) {
   float* sums = call.sums + m * (NV * kPieceLanes) + first * kLanes;
   SPARSELT_UNROLL
   for (int i = 0; i < N; ++i) _mm256_store_ps(sums + i * kLanes, sum[i]);
@@ -103,7 +106,8 @@ Ending ending_of(const PanelCall& call, bool is_last) {
 
 // Ends row m, registers [first, first + N) of a panel of vectors that are one piece each.
 template <int N, bool kWhole>
-void finish_row(const PanelCall& call, int64_t m, int first, __m256 (&sum)[N]) {
+[[gnu::always_inline]] inline void finish_row(const PanelCall& call, int64_t m, int first,
+                                              __m256 (&sum)[N]) {
   const Panel& panel = call.panel;
   const __m256 lower = _mm256_set1_ps(call.epilogue.lower);
   const __m256 upper = _mm256_set1_ps(call.epilogue.upper);
@@ -135,25 +139,35 @@ void finish_row(const PanelCall& call, int64_t m, int first, __m256 (&sum)[N]) {
 }
 
 // Ends row m of a block, registers [first, first + N), but for storing pieces.
-template <int NV, int N>
-void end_row(const PanelCall& call, int64_t m, int first, __m256 (&sum)[N], bool is_first,
-             Ending ending) {
+template <int NV, Ending kEnding, int N>
+[[gnu::always_inline]] inline void end_row(const PanelCall& call, int64_t m, int first,
+                                           __m256 (&sum)[N], bool is_first) {
   add_before<NV>(call, m, first, sum, is_first);
-  switch (ending) {
-    case Ending::kWhole:
-      return finish_row<N, true>(call, m, first, sum);
-    case Ending::kPartly:
-      return finish_row<N, false>(call, m, first, sum);
-    default:
-      return keep_row<NV>(call, m, first, sum);
+  if constexpr (kEnding == Ending::kWhole || kEnding == Ending::kPartly) {
+    finish_row<N, kEnding == Ending::kWhole>(call, m, first, sum);
+  } else {
+    keep_row<NV>(call, m, first, sum);
   }
 }
 
-using BlockFunction = void (*)(const PanelCall& call, const XBlock& x, int64_t first_slice,
-                               int64_t last_slice, bool is_first, bool is_last, Ahead& ahead);
+// Slices of one block of one section, those of Slices<NV, ending>::multiply.
+template <template <int, Ending> class Slices, int NV>
+void multiply_block(const PanelCall& call, const XBlock& x, Range slices, bool is_first,
+                    bool is_last, Ahead& ahead) {
+  switch (ending_of<NV>(call, is_last)) {
+    case Ending::kKept:
+      return Slices<NV, Ending::kKept>::multiply(call, x, slices, is_first, ahead);
+    case Ending::kPieces:
+      return Slices<NV, Ending::kPieces>::multiply(call, x, slices, is_first, ahead);
+    case Ending::kPartly:
+      return Slices<NV, Ending::kPartly>::multiply(call, x, slices, is_first, ahead);
+    case Ending::kWhole:
+      return Slices<NV, Ending::kWhole>::multiply(call, x, slices, is_first, ahead);
+  }
+}
 
-// The panel, block by block of columns; `kMultiply` does the slices of one block of one section.
-template <int NV, BlockFunction kMultiply>
+// The panel, block by block of columns.
+template <template <int, Ending> class Slices, int NV>
 void multiply_panel(const PanelCall& call, Range sections) {
   const SellView& w = call.weight;
   const bool in_one_go = !call.panel.loads && call.panel.x_block_stride == 0;
@@ -164,8 +178,9 @@ void multiply_panel(const PanelCall& call, Range sections) {
     const XBlock x = x_of_block<NV>(call, block);
     if (!in_one_go) ahead = Ahead(lines_after(call, NV, block), slices / w.num_blocks);
     for (int64_t section = sections.begin; section < sections.end; ++section) {
-      const int32_t* slices = w.block_slices + section * w.num_blocks + block;
-      kMultiply(call, x, slices[0], slices[1], block == 0, block + 1 == w.num_blocks, ahead);
+      const int32_t* of_block = w.block_slices + section * w.num_blocks + block;
+      multiply_block<Slices, NV>(call, x, {of_block[0], of_block[1]}, block == 0,
+                                 block + 1 == w.num_blocks, ahead);
     }
   }
 }

@@ -40,13 +40,18 @@ inline void add_product(const XBlock& x, __m256 value, uint64_t at, __m256 (&sum
 constexpr uint64_t kRowBytes = kPieceLanes * sizeof(float);
 inline uint64_t place_of(uint64_t four, int j) { return (four >> (16 * j) & 0xffff) * kRowBytes; }
 
-// The slices of one block of one section.
-template <int NV>
-void multiply_block(const PanelCall& call, const XBlock& x, int64_t first_slice, int64_t last_slice,
-                    bool is_first, bool is_last, Ahead& ahead) {
+template <int NV, Ending kEnding>
+struct Slices {
+  // A function of its own: inlined, GCC 12 runs out of registers and keeps a sum in memory.
+  [[gnu::noinline]] static void multiply(const PanelCall& call, const XBlock& x, Range slices,
+                                         bool is_first, Ahead& ahead);
+};
+
+template <int NV, Ending kEnding>
+void Slices<NV, kEnding>::multiply(const PanelCall& call, const XBlock& x, Range slices,
+                                   bool is_first, Ahead& ahead) {
   const SellView& w = call.weight;
-  const Ending ending = ending_of<NV>(call, is_last);
-  for (int64_t slice = first_slice; slice < last_slice; ++slice) {
+  for (int64_t slice = slices.begin; slice < slices.end; ++slice) {
     const int32_t* rows = w.slice_rows + slice * kSliceRows;
     ahead.fetch();
     __m256 sum[kSliceRows][2 * NV];
@@ -71,9 +76,9 @@ void multiply_block(const PanelCall& call, const XBlock& x, int64_t first_slice,
     }
     SPARSELT_UNROLL
     for (int r = 0; r < kSliceRows; ++r) {
-      if (rows[r] >= 0) end_row<NV>(call, rows[r], 0, sum[r], is_first, ending);
+      if (rows[r] >= 0) end_row<NV, kEnding>(call, rows[r], 0, sum[r], is_first);
     }
-    for (int r = 0; ending == Ending::kPieces && r < kSliceRows; ++r) {
+    for (int r = 0; kEnding == Ending::kPieces && r < kSliceRows; ++r) {
       if (rows[r] >= 0) store_row<NV>(call, rows[r]);
     }
   }
@@ -84,11 +89,11 @@ void multiply_block(const PanelCall& call, const XBlock& x, int64_t first_slice,
 void sell_panel_avx2(const PanelCall& call, Range sections) {
   switch (call.panel.vectors) {
     case 1:
-      return multiply_panel<1, multiply_block<1>>(call, sections);
+      return multiply_panel<Slices, 1>(call, sections);
     case 2:
-      return multiply_panel<2, multiply_block<2>>(call, sections);
+      return multiply_panel<Slices, 2>(call, sections);
     default:
-      return multiply_panel<3, multiply_block<3>>(call, sections);
+      return multiply_panel<Slices, 3>(call, sections);
   }
 }
 
