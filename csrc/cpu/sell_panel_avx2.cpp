@@ -5,9 +5,11 @@
 // method.
 //
 // Sixteen registers allow 12 sums: slices of 2 rows by up to 6 vectors (48 columns), so that a
-// stored value costs one broadcast for 6 multiply-adds with x as memory operand. Bound: with 2
-// loads and 2 multiply-adds a cycle, 6 / 7 of peak, less the copy of x and the sums. Slow for few
-// rows and for few columns (4 sums or fewer do not hide the multiply-add's latency).
+// stored value costs 6 multiply-adds with x as memory operand. Loads bind: Zen 3 does two a cycle,
+// of vectors and of single values alike. So four values and their columns come with two loads, are
+// spread by in-lane permutations and cut by shifts, and 6 / 6.5 of peak is the bound, less the copy
+// of x and the sums. Slow for few rows, for few columns (4 sums do not hide the multiply-add's
+// latency), and for few values a slice: its end takes about as long as ten of them.
 #if defined(__x86_64__)
 #include <immintrin.h>
 
