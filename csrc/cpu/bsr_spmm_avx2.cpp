@@ -24,9 +24,9 @@ constexpr int kBlockTileRows = 4;
 constexpr int kBlockTileVectors = 3;
 
 // Rows [first, first + R) of a block row, counted within its blocks.
-template <int R, int NV, bool kMasked>
+template <int R, int NV, End kEnd>
 void multiply_tile(const SpmmCall& call, int64_t block_row, int64_t first, int64_t column,
-                   __m256i mask) {
+                   const LastVector& last) {
   const SparseView& w = call.weight;
   const Epilogue& e = call.epilogue;
   const int64_t m = block_row * w.block_rows + first;
@@ -42,8 +42,7 @@ void multiply_tile(const SpmmCall& call, int64_t block_row, int64_t first, int64
     for (int64_t c = 0; c < depth; ++c, x += call.x_stride) {
       __m256 data[NV];
       for (int v = 0; v < NV; ++v) {
-        data[v] = kMasked && v == NV - 1 ? _mm256_maskload_ps(x + v * kLanes, mask)
-                                         : _mm256_loadu_ps(x + v * kLanes);
+        data[v] = load_vector<NV, kEnd>(x, v, last);
       }
       for (int r = 0; r < R; ++r) {
         const __m256 value = _mm256_broadcast_ss(values + r * w.block_cols + c);
@@ -53,48 +52,55 @@ void multiply_tile(const SpmmCall& call, int64_t block_row, int64_t first, int64
   }
   for (int r = 0; r < R; ++r) {
     const int64_t at = (m + r) * call.y_stride + column;
-    store_tile<NV, kMasked>(sum[r], e, e.residual ? e.residual + at : nullptr, call.y + at, mask);
+    store_tile<NV, kEnd>(sum[r], e, e.residual ? e.residual + at : nullptr, call.y + at, last);
   }
 }
 
-template <int NV, bool kMasked>
-void multiply_block_rows(const SpmmCall& call, Range rows, int64_t column, __m256i mask) {
+template <int NV, End kEnd>
+void multiply_block_rows(const SpmmCall& call, Range rows, int64_t column, const LastVector& last) {
   const SparseView& w = call.weight;
   for (int64_t block_row = rows.begin; block_row < rows.end; ++block_row) {
     const int64_t rest = w.rows - block_row * w.block_rows;
     const int64_t height = rest < w.block_rows ? rest : w.block_rows;
     int64_t first = 0;
     for (; first + kBlockTileRows <= height; first += kBlockTileRows) {
-      multiply_tile<kBlockTileRows, NV, kMasked>(call, block_row, first, column, mask);
+      multiply_tile<kBlockTileRows, NV, kEnd>(call, block_row, first, column, last);
     }
-    if (height - first == 3) multiply_tile<3, NV, kMasked>(call, block_row, first, column, mask);
-    if (height - first == 2) multiply_tile<2, NV, kMasked>(call, block_row, first, column, mask);
-    if (height - first == 1) multiply_tile<1, NV, kMasked>(call, block_row, first, column, mask);
+    if (height - first == 3) multiply_tile<3, NV, kEnd>(call, block_row, first, column, last);
+    if (height - first == 2) multiply_tile<2, NV, kEnd>(call, block_row, first, column, last);
+    if (height - first == 1) multiply_tile<1, NV, kEnd>(call, block_row, first, column, last);
   }
 }
 
-template <bool kMasked>
+template <End kEnd>
 void multiply_columns(const SpmmCall& call, Range rows, int64_t column, int64_t vectors,
-                      __m256i mask) {
-  if (vectors == 1) return multiply_block_rows<1, kMasked>(call, rows, column, mask);
-  if (vectors == 2) return multiply_block_rows<2, kMasked>(call, rows, column, mask);
-  return multiply_block_rows<kBlockTileVectors, kMasked>(call, rows, column, mask);
+                      const LastVector& last) {
+  if (vectors == 1) return multiply_block_rows<1, kEnd>(call, rows, column, last);
+  if (vectors == 2) return multiply_block_rows<2, kEnd>(call, rows, column, last);
+  return multiply_block_rows<kBlockTileVectors, kEnd>(call, rows, column, last);
 }
 
 }  // namespace
 
 void bsr_spmm_avx2(const SpmmCall& call, Range rows, Range columns) {
-  const Tiling tiling = make_tiling(columns.end - columns.begin, kBlockTileVectors);
+  const int64_t count = columns.end - columns.begin;
+  const Tiling tiling = make_tiling(count, kBlockTileVectors);
   int64_t column = columns.begin;
   for (int64_t t = 0; t < tiling.tiles; ++t) {
     const int64_t vectors = tiling.width(t);
-    const int64_t end = column + vectors * kLanes;
-    if (end <= columns.end) {
-      multiply_columns<false>(call, rows, column, vectors, __m256i{});
-    } else {
-      multiply_columns<true>(call, rows, column, vectors, tail_mask(columns.end - end + kLanes));
+    const LastVector last = last_vector(vectors, columns.end - column, count);
+    switch (last.end) {
+      case End::kWhole:
+        multiply_columns<End::kWhole>(call, rows, column, vectors, last);
+        break;
+      case End::kMovedBack:
+        multiply_columns<End::kMovedBack>(call, rows, column, vectors, last);
+        break;
+      case End::kMasked:
+        multiply_block_rows<1, End::kMasked>(call, rows, column, last);
+        break;
     }
-    column = end;
+    column += vectors * kLanes;
   }
 }
 

@@ -8,6 +8,7 @@
 #include <limits>
 
 #include "formats/views.h"
+#include "huge_pages.h"
 #include "ops/code_table.h"
 
 namespace sparselt {
@@ -80,7 +81,9 @@ HeldEpilogue as_epilogue(const OptionalTensor& bias, const OptionalTensor& resid
 }
 
 Tensor new_output(const std::vector<int64_t>& shape) {
-  return torch::stable::empty({shape.data(), shape.size()}, ScalarType::Float);
+  Tensor out = torch::stable::empty({shape.data(), shape.size()}, ScalarType::Float);
+  advise_huge_pages(out.mutable_data_ptr(), sizeof(float) * static_cast<size_t>(out.numel()));
+  return out;
 }
 
 void check_output(const Tensor& out, const std::vector<int64_t>& shape) {

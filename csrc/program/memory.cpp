@@ -8,17 +8,13 @@
 #include <numeric>
 #include <utility>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
+#include "huge_pages.h"
 #include "ops/task.h"
 
 namespace sparselt {
 namespace {
 
 constexpr size_t kPage = 4096;
-constexpr size_t kHugePage = size_t{2} << 20;
 
 bool overlap(const Block& a, const Block& b) { return a.first <= b.last && b.first <= a.last; }
 
@@ -64,10 +60,7 @@ Arena::Arena(int64_t floats) : floats_(floats) {
   const size_t rounded = (bytes + alignment - 1) / alignment * alignment;
   data_.reset(static_cast<float*>(std::aligned_alloc(alignment, rounded)));
   if (!data_) throw std::bad_alloc();
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  // A panel reads a few pixels of many channels, each on a page of its own.
-  if (bytes >= kHugePage) madvise(data_.get(), rounded, MADV_HUGEPAGE);
-#endif
+  advise_huge_pages(data_.get(), rounded);
 }
 
 void Arena::Free::operator()(float* data) const { std::free(data); }

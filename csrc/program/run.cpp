@@ -12,6 +12,7 @@
 #include <immintrin.h>
 #endif
 
+#include "huge_pages.h"
 #include "ops/check.h"
 #include "program/context.h"
 
@@ -99,7 +100,10 @@ void Program::bind(Context& context, const std::vector<const float*>& inputs,
     // Tasks only read inputs and constants; one type of pointer serves all places.
     if (value.place == Place::kInput) context.places[i] = const_cast<float*>(inputs[index]);
     if (value.place == Place::kConstant) context.places[i] = const_cast<float*>(value.data);
-    if (value.place == Place::kOutput) context.places[i] = outputs[index];
+    if (value.place == Place::kOutput) {
+      context.places[i] = outputs[index];
+      advise_huge_pages(outputs[index], sizeof(float) * static_cast<size_t>(value.floats));
+    }
     if (value.place == Place::kArena) context.places[i] = context.arena->data() + value.offset;
   }
 }
