@@ -61,6 +61,7 @@ struct Slices {
     const int64_t height = call.weight.slice_height;
     for (int64_t slice = slices.begin; slice < slices.end; ++slice) {
       ahead.fetch();
+      prefetch_rows<NV, kEnding>(call, slice, slices.end, height);
       for (int64_t row = 0; row < height; row += kTileRows) {
         for (int first = 0; first < 2 * NV; first += kTileRegisters) {
           multiply_tile<NV, kEnding, kTileRegisters>(call, x, slice, row, first, is_first);

@@ -147,9 +147,10 @@ void finish_row(const PanelCall& call, int64_t m, const __m512 (&sum)[NV], bool 
 }
 
 // Rows of a slice are far apart, which no hardware foresees: fetches row m of y and of the residual
-// before the slice is multiplied.
+// before the slice is multiplied. (Inlined: GCC 12 takes a function that only prefetches for one
+// without effect and drops its calls.)
 template <int NV>
-void prefetch_row(const PanelCall& call, int64_t m) {
+[[gnu::always_inline]] inline void prefetch_row(const PanelCall& call, int64_t m) {
   if (!is_whole<NV>(call)) return;
   const Panel& panel = call.panel;
   const float* y = panel.y + place_of_row(panel.y_rows, m);

@@ -56,6 +56,7 @@ void Slices<NV, kEnding>::multiply(const PanelCall& call, const XBlock& x, Range
   for (int64_t slice = slices.begin; slice < slices.end; ++slice) {
     const int32_t* rows = w.slice_rows + slice * kSliceRows;
     ahead.fetch();
+    prefetch_rows<NV, kEnding>(call, slice, slices.end, kSliceRows);
     __m256 sum[kSliceRows][2 * NV];
     for (int r = 0; r < kSliceRows; ++r) {
       for (int i = 0; i < 2 * NV; ++i) sum[r][i] = _mm256_setzero_ps();
