@@ -11,12 +11,13 @@
 #include "cpu/target.h"
 #include "kernels.h"
 
-SPARSELT_TARGET_BEGIN("avx2,fma")
+SPARSELT_TARGET_BEGIN("avx2,fma,bmi")
 #include "cpu/spmv_avx2.h"
 
 namespace sparselt::cpu {
 namespace {
 
+template <int kSliceRows, bool kCached = false>
 struct DeltaColumns {
   static constexpr bool kSigns = false;
   __m128i last;  // of each row; wraps around only after the row's last value
@@ -24,8 +25,10 @@ struct DeltaColumns {
 
   const uint16_t* next(const SellView& w, int64_t step) {
     const uint8_t* deltas = w.deltas + step * kSliceRows;
-    prefetch(w.values + step * kSliceRows + kPrefetchValues);
-    prefetch(deltas + kPrefetchDeltas);
+    if (!kCached) {
+      prefetch(w.values + step * kSliceRows + kPrefetchValues);
+      prefetch(deltas + kPrefetchDeltas);
+    }
     const __m128i wide =
         _mm_cvtepu8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(deltas)));
     const __m128i jumps = _mm_cmpeq_epi16(wide, _mm_set1_epi16(kJump));
