@@ -14,7 +14,8 @@ bool cpu_has(Isa isa) {
       return true;
 #if defined(__x86_64__)
     case Isa::avx2:
-      return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+      return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+             __builtin_cpu_supports("bmi");
     case Isa::avx512:
       return cpu_has(Isa::avx2) && __builtin_cpu_supports("avx512f") &&
              __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
@@ -65,7 +66,7 @@ std::string_view isa_name(Isa isa) {
 std::vector<std::string_view> isa_features(Isa isa) {
   switch (isa) {
     case Isa::avx2:
-      return {"avx2", "fma"};
+      return {"avx2", "fma", "bmi"};
     case Isa::avx512:
       return {"avx2", "fma", "avx512f", "avx512bw", "avx512vl", "avx512dq"};
     case Isa::neon:

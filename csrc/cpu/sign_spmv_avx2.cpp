@@ -12,13 +12,13 @@
 #include "cpu/target.h"
 #include "kernels.h"
 
-SPARSELT_TARGET_BEGIN("avx2,fma")
+SPARSELT_TARGET_BEGIN("avx2,fma,bmi")
 #include "cpu/spmv_avx2.h"
 
 namespace sparselt::cpu {
 
 void sign_spmv_avx2(const SpmvCall& call, Range sections) {
-  multiply_slices<SignColumns<kSliceRows>>(call, sections);
+  multiply_slices<SignColumns>(call, sections);
 }
 
 }  // namespace sparselt::cpu

@@ -40,23 +40,24 @@ inline void prefetch(const float* values, const uint16_t* columns) {
 }
 
 // How a weight says where the values of a step lie, a column of 16 bits for each row. An object
-// walks one slice from its first step on; a unit may bring a class of its own.
-template <int kSliceRows>
+// walks one slice from its first step on; a unit may bring a class of its own. A weight that lies
+// in a cache need not be fetched ahead: a prefetch takes the place of a load.
+template <int kSliceRows, bool kCached = false>
 struct SellColumns {
   static constexpr bool kSigns = false;
   const uint16_t* next(const SellView& w, int64_t step) {
     const uint16_t* columns = w.columns + step * kSliceRows;
-    prefetch(w.values + step * kSliceRows, columns);
+    if (!kCached) prefetch(w.values + step * kSliceRows, columns);
     return columns;
   }
 };
 // Of the sign format: a value is what its column finds, and the row's magnitude comes last.
-template <int kSliceRows>
+template <int kSliceRows, bool kCached = false>
 struct SignColumns {
   static constexpr bool kSigns = true;
   const uint16_t* next(const SellView& w, int64_t step) {
     const uint16_t* columns = w.columns + step * kSliceRows;
-    prefetch(columns + kPrefetchSigns);
+    if (!kCached) prefetch(columns + kPrefetchSigns);
     return columns;
   }
 };

@@ -12,13 +12,22 @@ namespace {
 
 constexpr int kSliceRows = 8;
 
-// The x of four stored values.
+// Puts *from into lane I.
+template <int I>
+inline __m128 insert(__m128 found, const float* from) {
+  int bits;
+  __builtin_memcpy(&bits, from, sizeof(bits));
+  return _mm_castsi128_ps(_mm_insert_epi32(_mm_castps_si128(found), bits, I));
+}
+
+// The x of four stored values: a load and an insertion are one instruction, as are a shift and a
+// mask.
 inline __m128 load_four(const float* x, const uint16_t* columns) {
   const uint64_t four = load_four_columns(columns);
   __m128 found = _mm_load_ss(x + (four & 0xffff));
-  found = _mm_insert_ps(found, _mm_load_ss(x + (four >> 16 & 0xffff)), 0x10);
-  found = _mm_insert_ps(found, _mm_load_ss(x + (four >> 32 & 0xffff)), 0x20);
-  return _mm_insert_ps(found, _mm_load_ss(x + (four >> 48)), 0x30);
+  found = insert<1>(found, x + _bextr_u64(four, 16, 16));
+  found = insert<2>(found, x + _bextr_u64(four, 32, 16));
+  return insert<3>(found, x + (four >> 48));
 }
 
 // The elements `rows` of an array, zeros where there is no row.
@@ -79,16 +88,28 @@ inline void store_lanes(float* y, Pair value) {
   _mm256_store_ps(y + 8, value.high);
 }
 
-template <class Columns>
+// Fewer values lie in the second-level cache.
+constexpr int64_t kCachedValues = 1 << 16;
+
+// Columns<kSliceRows, whether the weight lies in a cache>.
+template <template <int, bool> class Columns>
 void multiply_slices(const SpmvCall& call, Range sections) {
+  const SellView& w = call.weight;
   if (call.lanes == 1) {
-    return multiply_one_column<Columns, __m256, add_step<Columns>, finish_slice<Columns>>(call,
-                                                                                          sections);
+    const int64_t slices = w.block_slices[w.num_sections * w.num_blocks];
+    if (w.slice_steps[slices] * kSliceRows < kCachedValues) {
+      using Cached = Columns<kSliceRows, true>;
+      return multiply_one_column<Cached, __m256, add_step<Cached>, finish_slice<Cached>>(call,
+                                                                                         sections);
+    }
+    using Cold = Columns<kSliceRows, false>;
+    return multiply_one_column<Cold, __m256, add_step<Cold>, finish_slice<Cold>>(call, sections);
   }
   // Four rows' sums of 16 columns take half of the 16 registers; a slice is read twice, from the
   // cache.
-  multiply_few_columns<Columns, kSliceRows, multiply_columns<Columns, kSliceRows, 4, Pair>>(
-      call, sections);
+  using Walk = Columns<kSliceRows, false>;
+  multiply_few_columns<Walk, kSliceRows, multiply_columns<Walk, kSliceRows, 4, Pair>>(call,
+                                                                                      sections);
 }
 
 }  // namespace

@@ -54,6 +54,25 @@ class Places {
   int64_t zeros_ = 0;
 };
 
+// Four floats of each of four rows, at `to` a row of four each, `stride` apart.
+inline void transpose_four(const float* const* rows, int64_t at, float* to, int64_t stride) {
+#if defined(__x86_64__)
+  __m128 a = _mm_loadu_ps(rows[0] + at);
+  __m128 b = _mm_loadu_ps(rows[1] + at);
+  __m128 c = _mm_loadu_ps(rows[2] + at);
+  __m128 d = _mm_loadu_ps(rows[3] + at);
+  _MM_TRANSPOSE4_PS(a, b, c, d);
+  _mm_store_ps(to, a);
+  _mm_store_ps(to + stride, b);
+  _mm_store_ps(to + 2 * stride, c);
+  _mm_store_ps(to + 3 * stride, d);
+#else
+  for (int64_t row = 0; row < 4; ++row) {
+    for (int64_t col = 0; col < 4; ++col) to[col * stride + row] = rows[row][at + col];
+  }
+#endif
+}
+
 // Sixteen rows of as many floats.
 struct Tile {
   alignas(64) float rows[kBlock][kBlock];
@@ -74,21 +93,7 @@ class BlockRows {
   void transpose(Tile& result) const {
     for (int64_t i = 0; i < kBlock; i += 4) {
       for (int64_t k = 0; k < kBlock; k += 4) {
-#if defined(__x86_64__)
-        __m128 a = _mm_loadu_ps(rows_[i] + k);
-        __m128 b = _mm_loadu_ps(rows_[i + 1] + k);
-        __m128 c = _mm_loadu_ps(rows_[i + 2] + k);
-        __m128 d = _mm_loadu_ps(rows_[i + 3] + k);
-        _MM_TRANSPOSE4_PS(a, b, c, d);
-        _mm_store_ps(&result.rows[k][i], a);
-        _mm_store_ps(&result.rows[k + 1][i], b);
-        _mm_store_ps(&result.rows[k + 2][i], c);
-        _mm_store_ps(&result.rows[k + 3][i], d);
-#else
-        for (int64_t row = i; row < i + 4; ++row) {
-          for (int64_t col = k; col < k + 4; ++col) result.rows[col][row] = rows_[row][col];
-        }
-#endif
+        transpose_four(rows_ + i, k, &result.rows[k][i], kBlock);
       }
     }
   }
