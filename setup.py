@@ -157,6 +157,7 @@ def cxx_flags() -> list[str]:
         "-Wextra",
         "-fvisibility=hidden",
         "-ffp-contract=off",  # a * b + c rounds alike in every kernel and on every compiler
+        "-fno-trapping-math",  # else GCC leaves a branch, and no vectors, where a selection does
         f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}",
         f'-DSPARSELT_BUILT_WITH_TORCH="{torch.__version__}"',
     ]

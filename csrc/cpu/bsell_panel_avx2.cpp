@@ -32,19 +32,24 @@ template <int NV, Ending kEnding, int N>
     SPARSELT_UNROLL
     for (int i = 0; i < N; ++i) sum[r][i] = _mm256_setzero_ps();
   }
-  const float* values = w.values + w.slice_steps[slice] * w.slice_height + first_row;
-  for (int64_t step = w.slice_steps[slice]; step < w.slice_steps[slice + 1]; ++step) {
-    const int64_t at = int64_t{w.columns[step]} * kPieceLanes;
+  const float* from[N];
+  SPARSELT_UNROLL
+  for (int i = 0; i < N; ++i) from[i] = register_of(x, first + i);
+  const int64_t height = w.slice_height;
+  const float* values = w.values + w.slice_steps[slice] * height + first_row;
+  const auto* end = w.columns + w.slice_steps[slice + 1];
+  for (const auto* column = w.columns + w.slice_steps[slice]; column < end; ++column) {
+    const int64_t at = int64_t{*column} * kPieceLanes;
     __m256 data[N];
     SPARSELT_UNROLL
-    for (int i = 0; i < N; ++i) data[i] = _mm256_load_ps(register_of(x, first + i) + at);
+    for (int i = 0; i < N; ++i) data[i] = _mm256_load_ps(from[i] + at);
     SPARSELT_UNROLL
     for (int r = 0; r < kTileRows; ++r) {
       const __m256 value = _mm256_broadcast_ss(values + r);
       SPARSELT_UNROLL
       for (int i = 0; i < N; ++i) sum[r][i] = _mm256_fmadd_ps(value, data[i], sum[r][i]);
     }
-    values += w.slice_height;
+    values += height;
   }
   const int32_t* rows = w.slice_rows + slice * w.slice_height + first_row;
   SPARSELT_UNROLL

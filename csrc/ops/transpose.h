@@ -103,6 +103,23 @@ class BlockRows {
   Tile filled_;
 };
 
+// row = clamp(row); spelled out, as compilers leave it one float at a time. A NaN stays a NaN.
+inline void clamp_row(float lower, float upper, float* row) {
+#if defined(__x86_64__)
+  const __m128 least = _mm_set1_ps(lower);
+  const __m128 most = _mm_set1_ps(upper);
+  for (int64_t k = 0; k < kBlock; k += 4) {
+    // The second operand is the one that survives a NaN.
+    _mm_store_ps(row + k, _mm_min_ps(most, _mm_max_ps(least, _mm_load_ps(row + k))));
+  }
+#else
+  for (int64_t k = 0; k < kBlock; ++k) {
+    const float value = row[k] < lower ? lower : row[k];
+    row[k] = value > upper ? upper : value;
+  }
+#endif
+}
+
 // Copies a row of a block: in a few instructions where it is whole.
 inline void copy_row(const float* from, int64_t count, float* to) {
   if (count == kBlock) {
@@ -164,10 +181,7 @@ class Transpose {
         if (e.residual) {
           for (int64_t k = 0; k < block.features; ++k) row[k] += e.residual[to + k];
         }
-        for (int64_t k = 0; k < kBlock; ++k) {
-          const float value = row[k] < e.lower ? e.lower : row[k];  // so that a NaN stays a NaN
-          row[k] = value > e.upper ? e.upper : value;
-        }
+        clamp_row(e.lower, e.upper, row);
         copy_row(row, block.features, y + to);
       }
     });

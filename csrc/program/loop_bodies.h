@@ -24,12 +24,13 @@ inline float larger(float a, float b) {
 }
 
 // exp(x) to about 1e-7 of itself, without branches or calls (after Cephes' expf: 2^n times a
-// polynomial of what is left of x / ln 2 after rounding). A NaN stays a NaN.
+// polynomial of what is left of x / ln 2 after rounding). A NaN stays a NaN: the polynomial is one.
 inline float exponential(float x) {
   constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to a whole number
   x = x < -87.0f ? -87.0f : x;
   x = x > 88.0f ? 88.0f : x;
-  const float n = (x * 1.44269504f + kRound) - kRound;
+  const float rounded = x * 1.44269504f + kRound;
+  const float n = rounded - kRound;
   const float r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
   float p = 1.9875691500e-4f;
   p = p * r + 1.3981999507e-3f;
@@ -38,9 +39,9 @@ inline float exponential(float x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * (r * r) + r + 1.0f;
-  // A NaN has no whole number; its product with any power of two is a NaN.
-  const float whole = n == n ? n : 0.0f;
-  return p * __builtin_bit_cast(float, (static_cast<int32_t>(whole) + 127) << 23);
+  // The last bits of `rounded` are n, and the shift drops all others.
+  const uint32_t exponent = (__builtin_bit_cast(uint32_t, rounded) + 127) << 23;
+  return p * __builtin_bit_cast(float, exponent);
 }
 
 inline float sigmoid(float x) { return 1.0f / (1.0f + exponential(-x)); }
