@@ -55,6 +55,7 @@ TABLES = {
     "kernel": kernel_table,
     "networks": networks_table,
     "small_networks": networks_table,
+    "networks_avx2": networks_table,
 }
 
 
