@@ -124,8 +124,16 @@ def served() -> frozenset[tuple[str, str, str, str]]:
     )
 
 
-# A constant, not a cached function: torch.compile traces through those.
+# Constants, not cached functions: torch.compile traces through those.
 _SERVED = served()
+
+# (name, operation, format, slice rows or None for any) of the CPU kernels that run here.
+_RUN_ON_CPU = frozenset(
+    (kernel.name, op, kernel.format, kernel.slice_rows)
+    for kernel in (KernelInfo(**entry) for entry in _C.kernels())
+    if kernel.device == "cpu" and kernel.usable
+    for op in kernel.operations
+)
 
 
 # Formats and slice heights of the kernels that run generated code.
@@ -206,6 +214,9 @@ def check_kernel(
     device = "cuda" if values.is_cuda else "cpu"
     served = (device, op, format, dtype) in _SERVED
     if name == "" and served:
+        return
+    named = (name, op, format)
+    if device == "cpu" and ((*named, None) in _RUN_ON_CPU or (*named, block_rows) in _RUN_ON_CPU):
         return
     if device == "cuda" and _cuda is None:
         raise KernelError(

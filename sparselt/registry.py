@@ -47,10 +47,15 @@ class KernelInfo:
         served = {"panel": both, "code": both, "spmv": ("spmm",), "band": ("conv2d",)}
         return served.get(self.op, (self.op,))
 
+    @property
+    def slice_rows(self) -> int | None:
+        """The rows that the slices of a weight must have for it; None for any number."""
+        walks_slices = self.op in ("panel", "code", "spmv") and self.tile_rows > 1
+        return self.tile_rows if walks_slices else None
+
     def serves(self, op: str, format: str, block_rows: int) -> bool:
         """Whether it runs `op` on weights of `format` with blocks (slices) of `block_rows` rows."""
-        walks_slices = self.op in ("panel", "code", "spmv")
-        fits = not walks_slices or self.tile_rows in (1, block_rows)
+        fits = self.slice_rows in (None, block_rows)
         return op in self.operations and self.format == format and fits
 
 
