@@ -35,6 +35,7 @@ B = pack(torch.eye(4), format="bsr", block=(2, 2))
 F1 = pack(torch.ones(2, 3, 3))  # (C_out, C_in, S)
 F2 = pack(torch.ones(2, 3, 3, 3))  # (C_out, C_in, R, S)
 X = torch.ones(4, 5)  # (K, N)
+OUT = torch.empty(4, 5)
 ROW = torch.ones(1, 3, 8)  # (B, C_in, L)
 MAP = torch.ones(1, 3, 8, 8)  # (B, C_in, H, W)
 
@@ -315,6 +316,9 @@ RAW: dict[str, Callable[[], object]] = {
     ),
     "out strided": lambda: torch.ops.sparselt.spmm_out(
         X, torch.empty(5, 4).T, W.parts(), W.meta(), None, None, None, None, "csr"
+    ),
+    "out that is the residual": lambda: torch.ops.sparselt.spmm_out(
+        X, OUT, W.parts(), W.meta(), None, OUT, None, None, "csr"
     ),
 }
 GEOMETRY = {

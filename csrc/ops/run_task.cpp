@@ -2,6 +2,7 @@
 #include "ops/run_task.h"
 
 #include <torch/csrc/stable/ops.h>
+#include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
 #include <optional>
@@ -23,6 +24,10 @@ constexpr int64_t kStackFloats = 4096;
 Team torch_team() { return {int64_t{torch::stable::get_num_threads()}, kSerialWork}; }
 
 void run_task(const Task& task, const float* x, const float* residual, float* y) {
+  STD_TORCH_CHECK(
+      !residual || residual != y || task.may_overwrite_residual(),
+      "out: expected memory of its own, got that of the residual, which this kernel may "
+      "read again; pass another tensor");
   const int64_t stages = task.stages();
   const int64_t shared = whole_lines(task.shared_floats());
   const int64_t own = whole_lines(task.own_floats());
