@@ -12,26 +12,34 @@ class Ahead {
  public:
   // All of `lines` over so many slices.
   Ahead(const Lines& lines, int64_t slices)
-      : lines_(lines), share_(slices > 0 ? (lines.rows * lines.lines + slices - 1) / slices : 0) {}
+      : row_(lines.first),
+        next_(lines.first),
+        stride_(lines.stride),
+        rows_(lines.rows),
+        floats_(lines.lines * kLineFloats),
+        share_(slices > 0 ? (lines.rows * lines.lines + slices - 1) / slices * kLineFloats : 0) {}
 
-  // A slice's share.
+  // A slice's share: of one row, so that a slice looks at its end once, and perhaps beyond it.
   void fetch() {
-    for (int64_t i = 0; i < share_ && lines_.rows > 0; ++i) {
-      __builtin_prefetch(lines_.first + line_ * kLineFloats, 0, kIntoL2);
-      if (++line_ < lines_.lines) continue;
-      line_ = 0;
-      lines_.first += lines_.stride;
-      --lines_.rows;
-    }
+    if (rows_ <= 0) return;
+    for (int64_t i = 0; i < share_; i += kLineFloats) __builtin_prefetch(next_ + i, 0, kIntoL2);
+    next_ += share_;
+    if (next_ < row_ + floats_) return;
+    row_ += stride_;
+    next_ = row_;
+    --rows_;
   }
 
  private:
   static constexpr int kIntoL2 = 2;  // as __builtin_prefetch has it
   static constexpr int64_t kLineFloats = 16;
 
-  Lines lines_;
+  const float* row_;
+  const float* next_;
+  int64_t stride_;
+  int64_t rows_;
+  int64_t floats_;
   int64_t share_;
-  int64_t line_ = 0;
 };
 
 // What the block after `block` reads of x; after the last one, what the next panel reads first.

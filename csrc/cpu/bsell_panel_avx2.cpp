@@ -23,9 +23,8 @@ constexpr int kTileRows = 4;
 
 // Rows [first_row, first_row + kTileRows) of a slice, N registers from `first` on.
 template <int NV, Ending kEnding, int N>
-[[gnu::noinline]] void multiply_tile(const PanelCall& call, const XBlock& x, int64_t slice,
-                                     int64_t first_row, int first, bool is_first) {
-  const SellView& w = call.weight;
+[[gnu::noinline]] void multiply_tile(const SellView& w, const XBlock& x, int64_t slice,
+                                     int64_t first_row, int first, const Ends<NV, kEnding>& ends) {
   __m256 sum[kTileRows][N];
   SPARSELT_UNROLL
   for (int r = 0; r < kTileRows; ++r) {
@@ -54,7 +53,7 @@ template <int NV, Ending kEnding, int N>
   const int32_t* rows = w.slice_rows + slice * w.slice_height + first_row;
   SPARSELT_UNROLL
   for (int r = 0; r < kTileRows; ++r) {
-    if (rows[r] >= 0) end_row<NV, kEnding>(call, rows[r], first, sum[r], is_first);
+    if (rows[r] >= 0) ends.end_row(rows[r], first, sum[r]);
   }
 }
 
@@ -63,19 +62,20 @@ struct Slices {
   static void multiply(const PanelCall& call, const XBlock& x, Range slices, bool is_first,
                        Ahead& ahead) {
     constexpr int kTileRegisters = NV == 1 ? 2 : NV;
+    const Ends<NV, kEnding> ends(call, is_first);
     const int64_t height = call.weight.slice_height;
-    for (int64_t slice = slices.begin; slice < slices.end; ++slice) {
+    const int32_t* rows = call.weight.slice_rows + slices.begin * height;
+    for (int64_t slice = slices.begin; slice < slices.end; ++slice, rows += height) {
       ahead.fetch();
-      prefetch_rows<NV, kEnding>(call, slice, slices.end, height);
+      ends.prefetch(rows, height, slices.end - slice);
       for (int64_t row = 0; row < height; row += kTileRows) {
         for (int first = 0; first < 2 * NV; first += kTileRegisters) {
-          multiply_tile<NV, kEnding, kTileRegisters>(call, x, slice, row, first, is_first);
+          multiply_tile<NV, kEnding, kTileRegisters>(call.weight, x, slice, row, first, ends);
         }
       }
       if (kEnding != Ending::kPieces) continue;
-      const int32_t* rows = call.weight.slice_rows + slice * height;
       for (int64_t r = 0; r < height; ++r) {
-        if (rows[r] >= 0) store_row<NV>(call, rows[r]);
+        if (rows[r] >= 0) ends.store_row(rows[r]);
       }
     }
   }

@@ -10,75 +10,39 @@
 namespace sparselt::cpu {
 namespace {
 
-inline int64_t place_of_row(const PanelRows& rows, int64_t m) {
-  return (m + static_cast<uint32_t>(m) / rows.period) * rows.stride;
-}
+// Where rows of y, or of the residual, begin: the number of a row's first float. (By a division, a
+// row would take ten cycles longer.)
+class RowPlaces {
+ public:
+  RowPlaces(const PanelRows& rows, int64_t num_rows)
+      : stride_(rows.stride),
+        periods_(rows.period < num_rows ? (uint64_t{1} << kShift) / rows.period + 1 : 0) {}
+
+  int64_t operator()(int64_t m) const {
+    const uint64_t periods = static_cast<uint64_t>(m) * periods_ >> kShift;
+    return (m + static_cast<int64_t>(periods)) * stride_;
+  }
+
+ private:
+  // Exact while m times the period is less than two to the power of this.
+  static constexpr int kShift = 40;
+
+  int64_t stride_;
+  uint64_t periods_;  // that a row makes, in units of two to the power of -kShift
+};
 
 // The second operand of max and min is the one that survives a NaN.
 inline __m256 clamp(__m256 sum, __m256 lower, __m256 upper) {
   return _mm256_min_ps(upper, _mm256_max_ps(lower, sum));
 }
 
-// Masked stores are slow on AMD.
-inline void store_half(__m256 sum, const Piece& piece, int half, float* y) {
-  float* at = y + piece.offset + half * kLanes;
-  const unsigned bits = half_bits(piece, half);
+// Lanes `bits` of half a vector. Masked stores are slow on AMD.
+inline void store_lanes(float* at, unsigned bits, __m256 sum) {
   if (bits == kHalf) {
     _mm256_storeu_ps(at, sum);
   } else if (bits != 0) {
     _mm256_maskstore_ps(at, half_mask(bits), sum);
   }
-}
-
-// Residual, clamp and store of a finished row.
-template <int NV>
-void store_row(const PanelCall& call, int64_t m) {
-  const Panel& panel = call.panel;
-  float* sums = call.sums + m * (NV * kPieceLanes);
-  if (call.epilogue.residual) {
-    const float* residual = call.epilogue.residual + place_of_row(panel.residual_rows, m);
-    for (int i = 0; i < 2 * panel.residual_rows.num_pieces; ++i) {
-      const Piece& piece = panel.residual_rows.pieces[i / 2];
-      float* at = sums + piece.vector * kPieceLanes + i % 2 * kLanes;
-      const __m256 sum = _mm256_load_ps(at);
-      const __m256 all = _mm256_add_ps(sum, load_half(residual, piece, i % 2));
-      const __m256 lanes = _mm256_castsi256_ps(half_mask(half_bits(piece, i % 2)));
-      _mm256_store_ps(at, _mm256_blendv_ps(sum, all, lanes));
-    }
-  }
-  const __m256 lower = _mm256_set1_ps(call.epilogue.lower);
-  const __m256 upper = _mm256_set1_ps(call.epilogue.upper);
-  float* y = panel.y + place_of_row(panel.y_rows, m);
-  for (int i = 0; i < 2 * panel.y_rows.num_pieces; ++i) {
-    const Piece& piece = panel.y_rows.pieces[i / 2];
-    const float* at = sums + piece.vector * kPieceLanes + i % 2 * kLanes;
-    store_half(clamp(_mm256_load_ps(at), lower, upper), piece, i % 2, y);
-  }
-}
-
-// A block's sums of row m, registers [first, first + N) of the panel, with those of the blocks
-// before; the first block adds the bias. (Inlined like all that follow, or GCC 12 would keep sums
-// in memory, and in the loops that make them at that.)
-template <int NV, int N>
-[[gnu::always_inline]] inline void add_before(const PanelCall& call, int64_t m, int first,
-                                              __m256 (&sum)[N], bool is_first) {
-  if (is_first) {
-    const __m256 bias = _mm256_set1_ps(call.epilogue.bias ? call.epilogue.bias[m] : 0.0f);
-    SPARSELT_UNROLL
-    for (int i = 0; i < N; ++i) sum[i] = _mm256_add_ps(bias, sum[i]);
-  } else {
-    const float* sums = call.sums + m * (NV * kPieceLanes) + first * kLanes;
-    SPARSELT_UNROLL
-    for (int i = 0; i < N; ++i) sum[i] = _mm256_add_ps(_mm256_load_ps(sums + i * kLanes), sum[i]);
-  }
-}
-
-template <int NV, int N>
-[[gnu::always_inline]] inline void keep_row(const PanelCall& call, int64_t m, int first,
-                                            const __m256 (&sum)[N]) {
-  float* sums = call.sums + m * (NV * kPieceLanes) + first * kLanes;
-  SPARSELT_UNROLL
-  for (int i = 0; i < N; ++i) _mm256_store_ps(sums + i * kLanes, sum[i]);
 }
 
 // What becomes of the sums of a block's row.
@@ -104,80 +68,151 @@ Ending ending_of(const PanelCall& call, bool is_last) {
   return whole ? Ending::kWhole : Ending::kPartly;
 }
 
-// Ends row m, registers [first, first + N) of a panel of vectors that are one piece each.
-template <int N, bool kWhole>
-[[gnu::always_inline]] inline void finish_row(const PanelCall& call, int64_t m, int first,
-                                              __m256 (&sum)[N]) {
-  const Panel& panel = call.panel;
-  const __m256 lower = _mm256_set1_ps(call.epilogue.lower);
-  const __m256 upper = _mm256_set1_ps(call.epilogue.upper);
-  const Piece* y_pieces = panel.y_rows.pieces;
-  float* y = panel.y + place_of_row(panel.y_rows, m);
-  if (call.epilogue.residual) {
-    const float* residual = call.epilogue.residual + place_of_row(panel.residual_rows, m);
-    const Piece* pieces = panel.residual_rows.pieces;
+// The rows of a slice that are asked for some slices ahead.
+constexpr int64_t kSlicesAhead = 4;
+
+// Ends the rows of a block: what that needs of the call, read once and not again after each store,
+// which for all that GCC knows may have changed it.
+template <int NV, Ending kEnding>
+class Ends {
+ public:
+  Ends(const PanelCall& call, bool is_first)
+      : sums_(call.sums),
+        bias_(call.epilogue.bias),
+        is_first_(is_first),
+        has_residual_(call.epilogue.residual != nullptr),
+        y_(call.panel.y, call.panel.y_rows, call.weight.rows),
+        residual_(call.epilogue.residual, call.panel.residual_rows, call.weight.rows),
+        lower_(call.epilogue.lower),
+        upper_(call.epilogue.upper) {}
+
+  // Ends row m, registers [first, first + N), but for storing pieces. (Inlined, or GCC 12 would
+  // keep sums in memory, and in the loops that make them at that.)
+  template <int N>
+  [[gnu::always_inline]] inline void end_row(int64_t m, int first, __m256 (&sum)[N]) const {
+    float* sums = sums_of(m) + first * kLanes;
+    // GCC would compute an address for each register.
+    asm("" : "+r"(sums));
+    if (is_first_) {
+      const __m256 bias = _mm256_set1_ps(bias_ ? bias_[m] : 0.0f);
+      SPARSELT_UNROLL
+      for (int i = 0; i < N; ++i) sum[i] = _mm256_add_ps(bias, sum[i]);
+    } else {
+      SPARSELT_UNROLL
+      for (int i = 0; i < N; ++i) sum[i] = _mm256_add_ps(_mm256_load_ps(sums + i * kLanes), sum[i]);
+    }
+    if constexpr (kIsLast) {
+      finish_row<N>(m, first, sum);
+    } else {
+      SPARSELT_UNROLL
+      for (int i = 0; i < N; ++i) _mm256_store_ps(sums + i * kLanes, sum[i]);
+    }
+  }
+
+  // Residual, clamp and store, piece by piece, of a row all of whose sums are kept.
+  void store_row(int64_t m) const {
+    float* sums = sums_of(m);
+    if (has_residual_) {
+      const float* residual = residual_.row(m);
+      for (int i = 0; i < 2 * residual_.num_pieces; ++i) {
+        const Piece& piece = residual_.pieces[i / 2];
+        const unsigned bits = half_bits(piece, i % 2);
+        float* at = sums + piece.vector * kPieceLanes + i % 2 * kLanes;
+        const __m256 more = load_lanes(residual + piece.offset + i % 2 * kLanes, bits);
+        const __m256 sum = _mm256_load_ps(at);
+        const __m256 lanes = _mm256_castsi256_ps(half_mask(bits));
+        _mm256_store_ps(at, _mm256_blendv_ps(sum, _mm256_add_ps(sum, more), lanes));
+      }
+    }
+    const __m256 lower = _mm256_set1_ps(lower_);
+    const __m256 upper = _mm256_set1_ps(upper_);
+    float* y = y_.row(m);
+    for (int i = 0; i < 2 * y_.num_pieces; ++i) {
+      const Piece& piece = y_.pieces[i / 2];
+      const float* at = sums + piece.vector * kPieceLanes + i % 2 * kLanes;
+      const __m256 out = clamp(_mm256_load_ps(at), lower, upper);
+      store_lanes(y + piece.offset + i % 2 * kLanes, half_bits(piece, i % 2), out);
+    }
+  }
+
+  // Rows of y are far apart and come in the order of their lengths, which no hardware foresees:
+  // asks for those of a slice some slices on, and of the residual. `rows` are the slice's of
+  // `height`, `left` the slices from it on. (Inlined: GCC 12 takes a function that only prefetches
+  // for one without effect and drops its calls.)
+  [[gnu::always_inline]] inline void prefetch(const int32_t* rows, int64_t height,
+                                              int64_t left) const {
+    if (!kIsLast || left <= kSlicesAhead) return;
+    for (int64_t r = kSlicesAhead * height; r < (kSlicesAhead + 1) * height; ++r) {
+      if (rows[r] < 0) continue;
+      const int64_t y = y_.place(rows[r]);
+      SPARSELT_UNROLL
+      for (int v = 0; v < NV; ++v) __builtin_prefetch(y_.vectors[v] + y, 1);
+      if (!has_residual_) continue;
+      const int64_t residual = residual_.place(rows[r]);
+      SPARSELT_UNROLL
+      for (int v = 0; v < NV; ++v) __builtin_prefetch(residual_.vectors[v] + residual);
+    }
+  }
+
+ private:
+  static constexpr bool kIsLast = kEnding == Ending::kWhole || kEnding == Ending::kPartly;
+
+  // y or the residual.
+  struct Rows {
+    Rows(const float* base, const PanelRows& rows, int64_t num_rows)
+        : first(const_cast<float*>(base)),
+          place(rows, num_rows),
+          pieces(rows.pieces),
+          num_pieces(rows.num_pieces) {
+      for (int v = 0; kIsLast && base && v < NV; ++v) vectors[v] = first + pieces[v].offset;
+    }
+    float* row(int64_t m) const { return first + place(m); }
+
+    float* first;
+    RowPlaces place;
+    const Piece* pieces;
+    int num_pieces;
+    float* vectors[NV] = {};  // where those of row 0 are, if each is one piece
+  };
+
+  float* sums_of(int64_t m) const { return sums_ + m * (NV * kPieceLanes); }
+
+  static unsigned bits_of(const Piece& piece, int half) {
+    return kEnding == Ending::kWhole ? kHalf : half_bits(piece, half);
+  }
+
+  // Of a panel of vectors that are one piece each.
+  template <int N>
+  [[gnu::always_inline]] inline void finish_row(int64_t m, int first, __m256 (&sum)[N]) const {
+    if (has_residual_) {
+      const int64_t place = residual_.place(m);
+      SPARSELT_UNROLL
+      for (int i = 0; i < N; ++i) {
+        const int v = (first + i) / 2, half = (first + i) % 2;
+        const float* at = residual_.vectors[v] + place + half * kLanes;
+        sum[i] = _mm256_add_ps(sum[i], load_lanes(at, bits_of(residual_.pieces[v], half)));
+      }
+    }
+    const int64_t place = y_.place(m);
+    const __m256 lower = _mm256_set1_ps(lower_);
+    const __m256 upper = _mm256_set1_ps(upper_);
     SPARSELT_UNROLL
     for (int i = 0; i < N; ++i) {
-      const Piece& piece = pieces[(first + i) / 2];
-      const int half = (first + i) % 2;
-      const __m256 more = kWhole ? _mm256_loadu_ps(residual + piece.offset + half * kLanes)
-                                 : load_half(residual, piece, half);
-      sum[i] = _mm256_add_ps(sum[i], more);
+      const int v = (first + i) / 2, half = (first + i) % 2;
+      float* at = y_.vectors[v] + place + half * kLanes;
+      store_lanes(at, bits_of(y_.pieces[v], half), clamp(sum[i], lower, upper));
     }
   }
-  SPARSELT_UNROLL
-  for (int i = 0; i < N; ++i) {
-    const Piece& piece = y_pieces[(first + i) / 2];
-    const int half = (first + i) % 2;
-    const __m256 out = clamp(sum[i], lower, upper);
-    if constexpr (kWhole) {
-      _mm256_storeu_ps(y + piece.offset + half * kLanes, out);
-    } else {
-      store_half(out, piece, half, y);
-    }
-  }
-}
 
-// Ends row m of a block, registers [first, first + N), but for storing pieces.
-template <int NV, Ending kEnding, int N>
-[[gnu::always_inline]] inline void end_row(const PanelCall& call, int64_t m, int first,
-                                           __m256 (&sum)[N], bool is_first) {
-  add_before<NV>(call, m, first, sum, is_first);
-  if constexpr (kEnding == Ending::kWhole || kEnding == Ending::kPartly) {
-    finish_row<N, kEnding == Ending::kWhole>(call, m, first, sum);
-  } else {
-    keep_row<NV>(call, m, first, sum);
-  }
-}
-
-// Rows of y are far apart and come in the order of their lengths, which no hardware foresees: asks
-// for row m, and of the residual, before the slice's turn. (Inlined: GCC 12 takes a function that
-// only prefetches for one without effect and drops its calls.)
-template <int NV>
-[[gnu::always_inline]] inline void prefetch_row(const PanelCall& call, int64_t m) {
-  const Panel& panel = call.panel;
-  const float* y = panel.y + place_of_row(panel.y_rows, m);
-  SPARSELT_UNROLL
-  for (int v = 0; v < NV; ++v) __builtin_prefetch(y + panel.y_rows.pieces[v].offset, 1);
-  if (!call.epilogue.residual) return;
-  const float* residual = call.epilogue.residual + place_of_row(panel.residual_rows, m);
-  SPARSELT_UNROLL
-  for (int v = 0; v < NV; ++v) __builtin_prefetch(residual + panel.residual_rows.pieces[v].offset);
-}
-
-// The rows of a slice some slices on, of the last block.
-constexpr int64_t kSlicesAhead = 4;
-template <int NV, Ending kEnding>
-[[gnu::always_inline]] inline void prefetch_rows(const PanelCall& call, int64_t slice,
-                                                 int64_t last_slice, int64_t height) {
-  if constexpr (kEnding == Ending::kWhole || kEnding == Ending::kPartly) {
-    if (slice + kSlicesAhead >= last_slice) return;
-    const int32_t* rows = call.weight.slice_rows + (slice + kSlicesAhead) * height;
-    for (int64_t r = 0; r < height; ++r) {
-      if (rows[r] >= 0) prefetch_row<NV>(call, rows[r]);
-    }
-  }
-}
+  float* sums_;
+  const float* bias_;
+  bool is_first_;
+  bool has_residual_;
+  Rows y_;
+  Rows residual_;
+  float lower_;
+  float upper_;
+};
 
 // Slices of one block of one section, those of Slices<NV, ending>::multiply.
 template <template <int, Ending> class Slices, int NV>

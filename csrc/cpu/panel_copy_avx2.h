@@ -26,10 +26,8 @@ inline __m256i half_mask(unsigned half_bits) {
   return _mm256_cmpeq_epi32(_mm256_and_si256(all, bits), bits);
 }
 
-// Lanes outside the mask are zero.
-inline __m256 load_half(const float* base, const Piece& piece, int half) {
-  const float* at = base + piece.offset + half * kLanes;
-  const unsigned bits = half_bits(piece, half);
+// Lanes `bits` of half a vector, the others zero.
+inline __m256 load_lanes(const float* at, unsigned bits) {
   if (bits == kHalf) return _mm256_loadu_ps(at);
   return _mm256_maskload_ps(at, half_mask(bits));
 }

@@ -53,17 +53,20 @@ template <int NV, Ending kEnding>
 void Slices<NV, kEnding>::multiply(const PanelCall& call, const XBlock& x, Range slices,
                                    bool is_first, Ahead& ahead) {
   const SellView& w = call.weight;
-  for (int64_t slice = slices.begin; slice < slices.end; ++slice) {
-    const int32_t* rows = w.slice_rows + slice * kSliceRows;
-    ahead.fetch();
-    prefetch_rows<NV, kEnding>(call, slice, slices.end, kSliceRows);
+  const Ends<NV, kEnding> ends(call, is_first);
+  Ahead x_ahead = ahead;
+  const int32_t* rows = w.slice_rows + slices.begin * kSliceRows;
+  const int64_t first_value = int64_t{w.slice_steps[slices.begin]} * kSliceRows;
+  const uint16_t* columns = w.columns + first_value;
+  const float* values = w.values + first_value;
+  for (int64_t slice = slices.begin; slice < slices.end; ++slice, rows += kSliceRows) {
+    x_ahead.fetch();
+    ends.prefetch(rows, kSliceRows, slices.end - slice);
     __m256 sum[kSliceRows][2 * NV];
     for (int r = 0; r < kSliceRows; ++r) {
       for (int i = 0; i < 2 * NV; ++i) sum[r][i] = _mm256_setzero_ps();
     }
-    const uint16_t* columns = w.columns + w.slice_steps[slice] * kSliceRows;
-    const float* values = w.values + w.slice_steps[slice] * kSliceRows;
-    const float* const end = w.values + w.slice_steps[slice + 1] * kSliceRows;
+    const float* const end = w.values + int64_t{w.slice_steps[slice + 1]} * kSliceRows;
     for (; values + kSliceRows < end; values += 2 * kSliceRows, columns += 2 * kSliceRows) {
       uint64_t four;
       __builtin_memcpy(&four, columns, sizeof(four));
@@ -76,15 +79,18 @@ void Slices<NV, kEnding>::multiply(const PanelCall& call, const XBlock& x, Range
     if (values < end) {
       add_product<NV>(x, _mm256_broadcast_ss(values), columns[0] * kRowBytes, sum[0]);
       add_product<NV>(x, _mm256_broadcast_ss(values + 1), columns[1] * kRowBytes, sum[1]);
+      values += kSliceRows;
+      columns += kSliceRows;
     }
     SPARSELT_UNROLL
     for (int r = 0; r < kSliceRows; ++r) {
-      if (rows[r] >= 0) end_row<NV, kEnding>(call, rows[r], 0, sum[r], is_first);
+      if (rows[r] >= 0) ends.end_row(rows[r], 0, sum[r]);
     }
     for (int r = 0; kEnding == Ending::kPieces && r < kSliceRows; ++r) {
-      if (rows[r] >= 0) store_row<NV>(call, rows[r]);
+      if (rows[r] >= 0) ends.store_row(rows[r]);
     }
   }
+  ahead = x_ahead;
 }
 
 }  // namespace
