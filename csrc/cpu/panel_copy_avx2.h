@@ -9,7 +9,7 @@ namespace {
 
 constexpr int kLanes = 8;        // floats a register
 constexpr int kPieceLanes = 16;  // floats a vector of a panel: two registers
-constexpr int kMaxVectors = 3;   // of a panel
+constexpr int kMaxVectors = 4;   // of a panel
 constexpr uint16_t kWholeMask = 0xffff;
 
 constexpr unsigned kHalf = (1u << kLanes) - 1;

@@ -4,12 +4,13 @@
 // product or convolution alike. kernels.h says what a panel is; sell_panel_avx512.cpp tells the
 // method.
 //
-// Sixteen registers allow 12 sums: slices of 2 rows by up to 6 vectors (48 columns), so that a
-// stored value costs 6 multiply-adds with x as memory operand. Loads bind: Zen 3 does two a cycle,
-// of vectors and of single values alike. So four values and their columns come with two loads, are
-// spread by in-lane permutations and cut by shifts, and 6 / 6.5 of peak is the bound, less the copy
-// of x and the sums. Slow for few rows, for few columns (4 sums do not hide the multiply-add's
-// latency), and for few values a slice: its end takes about as long as ten of them.
+// Sixteen registers allow 12 sums: slices of 2 rows by up to 6 registers (48 columns), so that a
+// stored value costs 6 multiply-adds with x as memory operand; and just 14, of 56 columns. Loads
+// bind: Zen 3 does two a cycle, of vectors and of single values alike. So four values and their
+// columns come with two loads, are spread by in-lane permutations and cut by shifts, and 6 / 6.5 of
+// peak is the bound, less the copy of x and the sums. Slow for few rows, for few columns (4 sums do
+// not hide the multiply-add's latency), and for few values a slice: its end takes about as long as
+// ten of them.
 #if defined(__x86_64__)
 #include <immintrin.h>
 
@@ -24,6 +25,10 @@ namespace {
 
 constexpr int kSliceRows = 2;
 
+// Of a row of x. Four vectors are the last of all and at most half full (ops/panels.cpp).
+template <int NV>
+constexpr int kRegisters = NV == 4 ? 7 : 2 * NV;
+
 // Half a row of x, `at` bytes from the first.
 inline __m256 load_at(const float* vector, uint64_t at, int half) {
   const auto* bytes = reinterpret_cast<const char*>(vector) + at;
@@ -31,9 +36,9 @@ inline __m256 load_at(const float* vector, uint64_t at, int half) {
 }
 
 template <int NV>
-inline void add_product(const XBlock& x, __m256 value, uint64_t at, __m256 (&sum)[2 * NV]) {
+inline void add_product(const XBlock& x, __m256 value, uint64_t at, __m256 (&sum)[kRegisters<NV>]) {
   SPARSELT_UNROLL
-  for (int i = 0; i < 2 * NV; ++i) {
+  for (int i = 0; i < kRegisters<NV>; ++i) {
     sum[i] = _mm256_fmadd_ps(value, load_at(x.vectors[i / 2], at, i % 2), sum[i]);
   }
 }
@@ -62,9 +67,9 @@ void Slices<NV, kEnding>::multiply(const PanelCall& call, const XBlock& x, Range
   for (int64_t slice = slices.begin; slice < slices.end; ++slice, rows += kSliceRows) {
     x_ahead.fetch();
     ends.prefetch(rows, kSliceRows, slices.end - slice);
-    __m256 sum[kSliceRows][2 * NV];
+    __m256 sum[kSliceRows][kRegisters<NV>];
     for (int r = 0; r < kSliceRows; ++r) {
-      for (int i = 0; i < 2 * NV; ++i) sum[r][i] = _mm256_setzero_ps();
+      for (int i = 0; i < kRegisters<NV>; ++i) sum[r][i] = _mm256_setzero_ps();
     }
     const float* const end = w.values + int64_t{w.slice_steps[slice + 1]} * kSliceRows;
     for (; values + kSliceRows < end; values += 2 * kSliceRows, columns += 2 * kSliceRows) {
@@ -101,8 +106,10 @@ void sell_panel_avx2(const PanelCall& call, Range sections) {
       return multiply_panel<Slices, 1>(call, sections);
     case 2:
       return multiply_panel<Slices, 2>(call, sections);
-    default:
+    case 3:
       return multiply_panel<Slices, 3>(call, sections);
+    default:
+      return multiply_panel<Slices, 4>(call, sections);
   }
 }
 

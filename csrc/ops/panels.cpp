@@ -29,6 +29,8 @@ int64_t lanes_of(const Weight& weight) {
   return weight.code && weight.code->bytes() <= kCodeInL2 ? most / 2 : most;
 }
 
+int64_t vectors_of(int64_t lanes) { return (lanes + kPanelLanes - 1) / kPanelLanes; }
+
 // Where the vectors of a panel in a value's layout begin.
 std::vector<Piece> vector_pieces(const std::optional<PanelLayout>& layout) {
   std::vector<Piece> pieces;
@@ -63,12 +65,12 @@ PanelTask::PanelTask(const Team& team, const Weight& weight, const Epilogue& epi
 }
 
 int64_t PanelTask::own_floats() const {
-  return (weight_.sell.block_cols + 1 + weight_.rows) * lanes_;
+  return (weight_.sell.block_cols + 1 + weight_.rows) * vectors_of(lanes_) * kPanelLanes;
 }
 
 PanelTask::Share PanelTask::share_of(int64_t part) const {
   const int64_t sections = weight_.sell.num_sections;
-  const int64_t vectors = (pixels_ + kPanelLanes - 1) / kPanelLanes;
+  const int64_t vectors = vectors_of(pixels_);
   const bool is_tall = weight_.rows >= kTall * weight_.sell.cols;
   const bool in_panels = layouts_.x || layouts_.y;
   const int64_t least = is_tall && !in_panels ? kWorthSharingTall : kWorthSharing;
@@ -78,14 +80,16 @@ PanelTask::Share PanelTask::share_of(int64_t part) const {
   return {{0, pixels_}, even_range(sections, part, parts_)};
 }
 
+// The last panel may be as wide as the kernel's lanes, those before are whole vectors.
 int64_t PanelTask::panels_of(Range pixels) const {
-  const int64_t vectors = (pixels.end - pixels.begin + kPanelLanes - 1) / kPanelLanes;
-  const int64_t most = lanes_ / kPanelLanes;
-  return (vectors + most - 1) / most;
+  const int64_t most = lanes_ / kPanelLanes * kPanelLanes;
+  const int64_t count = pixels.end - pixels.begin;
+  return count <= lanes_ ? 1 : (count - lanes_ + most - 1) / most + 1;
 }
 
+// The vectors that are over go to the last panels, which is why that may be wider.
 Range PanelTask::panel_pixels(Range pixels, int64_t index) const {
-  const int64_t vectors = (pixels.end - pixels.begin + kPanelLanes - 1) / kPanelLanes;
+  const int64_t vectors = vectors_of(pixels.end - pixels.begin);
   const int64_t panels = panels_of(pixels);
   const int64_t end = pixels.begin + vectors * (index + 1) / panels * kPanelLanes;
   return {pixels.begin + vectors * index / panels * kPanelLanes, std::min(pixels.end, end)};
@@ -126,7 +130,7 @@ void PanelTask::write_zeros(int64_t begin, int vectors, float* y) const {
 // What the first block of the panel of some pixels reads of x. With several taps a channel is read
 // several times and has been in a cache since the first: nothing.
 Lines PanelTask::first_lines(Range pixels, const float* x) const {
-  const int64_t vectors = (pixels.end - pixels.begin + kPanelLanes - 1) / kPanelLanes;
+  const int64_t vectors = vectors_of(pixels.end - pixels.begin);
   const int64_t rows = std::min(weight_.sell.cols, weight_.sell.block_cols);
   if (layouts_.x) {
     const int64_t apart = layouts_.x->vector_floats();
@@ -157,7 +161,7 @@ PanelCall PanelTask::call_of(Panel panel, int64_t begin, const Operands& operand
     residual += image * weight_.rows * source_.out_height * source_.out_width;
   }
   PanelCall call{weight_.sell, panel, epilogue_, operands.own,
-                 operands.own + (weight_.sell.block_cols + 1) * lanes_};
+                 operands.own + (weight_.sell.block_cols + 1) * vectors_of(lanes_) * kPanelLanes};
   call.epilogue.residual = residual;
   return call;
 }
