@@ -23,9 +23,16 @@ from torch import Tensor
 
 from sparselt import ops
 from sparselt.capture import Captured
-from sparselt.errors import OptionError, ProgramFileError, SparseltError, explain_mismatch
+from sparselt.errors import (
+    OptionError,
+    ProgramFileError,
+    SparseltError,
+    TicketFileError,
+    explain_mismatch,
+)
 from sparselt.family import Bucket, Family
 from sparselt.graph_text import GraphTextError, read_graph, read_structure, text_of, write_structure
+from sparselt.images import IMAGES
 from sparselt.plan import DENSE, Plan
 from sparselt.shelf import Shelf
 from sparselt.tickets.file import count_bits, pack_bits, read_safetensors, replace_file
@@ -100,29 +107,36 @@ def read_program(path: Path, shelf: Shelf) -> tuple[str, list[Loaded]]:
         raise ProgramFileError(f"{path}: there is no such file")
     try:
         parts, metadata = read_safetensors(path)
-        for key, want in (("format", FORMAT), ("version", VERSION)):
-            if metadata.get(key) != want:
-                raise ProgramFileError(explain_mismatch(f"{path}: {key}", want, metadata.get(key)))
-        text = metadata.get("sparselt", "")
-        if metadata.get("sha256") != _digest(text, parts):
-            raise ProgramFileError(f"{path}: the checksum does not match; the file was altered")
-        header = json.loads(text)
-        tensors = [_take(parts, str(i), entry, shelf) for i, entry in enumerate(header["tensors"])]
-        if parts:
-            raise ProgramFileError(f"{path}: tensors that the header does not name")
-        same = header["machine"] == machine()
-        loaded = [_loaded(graph, tensors, same) for graph in header["graphs"]]
-        if not loaded:
-            raise ProgramFileError(f"{path}: no graph")
-        return str(header["title"]), loaded
-    except ProgramFileError:
-        raise
+    except TicketFileError as error:  # which names the file
+        raise ProgramFileError(str(error)) from error
+    try:
+        return _read(parts, metadata, shelf)
     except (SparseltError, GraphTextError) as error:
         raise ProgramFileError(f"{path}: {error}") from error
     except Exception as error:
         # Whatever the header of a hostile file trips over, the file is what is wrong.
         kind = type(error).__name__
         raise ProgramFileError(f"{path}: the header is not readable: {kind}: {error}") from error
+
+
+def _read(
+    parts: dict[str, Tensor], metadata: Mapping[str, str], shelf: Shelf
+) -> tuple[str, list[Loaded]]:
+    for key, want in (("format", FORMAT), ("version", VERSION)):
+        if metadata.get(key) != want:
+            raise ProgramFileError(explain_mismatch(key, want, metadata.get(key)))
+    text = metadata.get("sparselt", "")
+    if metadata.get("sha256") != _digest(text, parts):
+        raise ProgramFileError("the checksum does not match; the file was altered")
+    header = json.loads(text)
+    tensors = [_take(parts, str(i), entry, shelf) for i, entry in enumerate(header["tensors"])]
+    if parts:
+        raise ProgramFileError("tensors that the header does not name")
+    same = header["machine"] == machine()
+    loaded = [_loaded(graph, tensors, same) for graph in header["graphs"]]
+    if not loaded:
+        raise ProgramFileError("no graph")
+    return str(header["title"]), loaded
 
 
 def _text(family: Family, constants: list[int]) -> dict[str, Any]:
@@ -189,8 +203,8 @@ def _loaded(text: Mapping[str, Any], tensors: Sequence[Tensor], same_machine: bo
     for bucket, entries, samples, is_prepacked in text["plans"] if same_machine else ():
         key = tuple(tuple(map(_index, part)) for part in bucket)
         plans[key] = {f"n{int(node)}": _plan(entry) for node, entry in entries.items()}
-        if samples:
-            together[key] = int(samples)
+        if _together(samples):
+            together[key] = samples
         if is_prepacked:
             prepacked.add(key)
     return Loaded(captured, plans, together, prepacked, seen)
@@ -256,6 +270,13 @@ def _plan(text: Mapping[str, Any]) -> Plan:
     )
     reason, shape = str(text["reason"]), (block[0], block[1])
     return Plan(kernel, text["format"], reason, (), dense_us, sparse_us, shape)
+
+
+def _together(value: Any) -> int:
+    if type(value) is not int or value not in (0, 1, IMAGES):
+        want = f"0 (all of a batch), 1 or {IMAGES}"
+        raise ProgramFileError(explain_mismatch("samples at a time", want, value))
+    return value
 
 
 def _plain(value: Any) -> Any:

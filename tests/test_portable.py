@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import json
+import operator
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -196,8 +198,16 @@ HOSTILE: dict[str, Callable[[dict[str, Any]], object]] = {
 @pytest.mark.parametrize("what", HOSTILE)
 def test_hostile_headers_are_refused(tmp_path, what):
     _, file = saved(tmp_path)
-    with pytest.raises(ProgramFileError):
+    with pytest.raises(ProgramFileError, match=re.escape(str(file))):
         sparselt.load_program(rewritten(file, HOSTILE[what]))
+
+
+@pytest.mark.parametrize("samples", [-1, 2, 17, 10**30, 1.0, True, "16", None, [1]], ids=str)
+def test_samples_at_a_time_that_no_program_runs_are_refused(tmp_path, samples):
+    _, file = saved(tmp_path)
+    rewritten(file, lambda h: operator.setitem(h["graphs"][0]["plans"][0], 2, samples))
+    with pytest.raises(ProgramFileError, match=r"tensors: samples at a time: expected 0 .*, got"):
+        sparselt.load_program(file)
 
 
 def test_truncated_and_altered_files_are_refused(tmp_path):

@@ -102,7 +102,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "pooling": BASE | {"fuse"},
     "shelf": {"shapes", "tickets"},
     "profiling": BASE | {"builder", "explanation", "native", "tickets"},
-    "portable": LAYER | {"capture", "family", "graph_text", "shelf", "tune"},
+    "portable": LAYER | {"capture", "family", "graph_text", "images", "shelf", "tune"},
     **dict.fromkeys(("capture", "cuda_graph"), BASE),
     "planned": {"builder", "cuda_graph", "lowering", "native", "plan", "samples"},
     "family": {
