@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from native_calls import assert_as_exact_as_torch, segments_of
@@ -99,6 +101,28 @@ def test_any_number_of_threads_gives_the_same_bits(monkeypatch):
         for made.apart in (False, True):
             results.append(program(x))
     assert all(torch.equal(results[0], other) for other in results[1:])
+
+
+@pytest.mark.parametrize("size", [(64, 64), (56, 55), (1, 50)], ids=str)
+def test_the_mean_of_a_large_map_is_no_one_long_sum(size, monkeypatch):
+    choose_images(monkeypatch)
+    layer = nn.Conv2d(2, 18, 1, bias=False)
+    with torch.no_grad():
+        layer.weight.zero_()[:, 0] = 1.0
+    model = nn.Sequential(layer, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    # Equal values are rounded the same way at each step of one sum: up to 680 times 2^-24 here.
+    x = torch.full((IMAGES, 2, *size), 0.7)
+    program = sparselt.compile(model, x)
+    native = native_of(program, x)
+    assert native.num_in_images == native.num_steps
+    wanted = float(x[0, 0, 0, 0])
+    roundings = 2 * math.ceil(math.sqrt(math.prod(size))) + 2
+    torch.testing.assert_close(
+        program(x).double(),
+        torch.full((IMAGES, 18), wanted, dtype=torch.float64),
+        rtol=roundings * 2.0**-24,
+        atol=0.0,
+    )
 
 
 class Meeting(nn.Module):
