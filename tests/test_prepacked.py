@@ -105,6 +105,19 @@ def test_what_follows_and_surrounds_a_layer_is_computed_as_in_torch(made, batch)
     check(made().eval(), torch.randn(batch, 8, 9, 11))
 
 
+def test_a_classifier_rounds_as_torch_does():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 2048, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2048, 1000)
+    ).eval()
+    x = torch.rand(16, 3, 4, 4)
+    program, _ = check(model, x)
+    own, got = model(x), program(x)
+    exact = model.double()(x.double())
+    torch_error, error = ((y - exact).square().mean().sqrt() for y in (own, got))
+    assert error <= 1.5 * torch_error
+
+
 @pytest.mark.parametrize("name", ["residual", "separable", "perceptron", "encoder"])
 def test_networks_of_all_kinds_run_prepacked_at_any_size(name):
     model = make(name)
