@@ -25,8 +25,9 @@ def main(arguments: list[str] | None = None) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(256, 1024), nn.ReLU(), nn.Linear(1024, 1024), nn.ReLU())
     model.append(nn.Linear(1024, 10))
-    weights = [(layer, "weight") for layer in model if isinstance(layer, nn.Linear)]
-    prune.global_unstructured(weights, prune.L1Unstructured, amount=options.amount)
+    for layer in model:
+        if isinstance(layer, nn.Linear):
+            prune.l1_unstructured(layer, "weight", amount=options.amount)
 
     x = torch.randn(16, 256)
     converted = sparselt.convert(model, x)  # a module like the model: state_dict, export, hooks

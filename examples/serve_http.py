@@ -11,6 +11,7 @@ more than a demonstration put the same two lines into a server of your choice.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -78,7 +79,8 @@ def main(arguments: list[str] | None = None) -> None:
     program = sparselt.load_program(options.program) if options.program else made_up_program()
     with make_server(program, options.port) as server:
         print(f"listening on http://127.0.0.1:{server.server_address[1]}")
-        server.serve_forever()
+        with contextlib.suppress(KeyboardInterrupt):
+            server.serve_forever()
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 
 import sparselt
 from sparselt import portable
-from sparselt.errors import OptionError, ProgramFileError, ShapeError, SparseltError
+from sparselt.errors import OptionError, ProgramFileError, ShapeError, TicketFileError
 from sparselt.graph_text import GraphTextError, read_graph, read_structure, text_of
 from sparselt.plan import DENSE
 from sparselt.tickets.file import read_safetensors
@@ -232,7 +232,7 @@ def test_a_ticket_is_no_program(tmp_path):
     sparselt.Ticket({"w": mask}, {"w": torch.ones(4, 4)}).save(tmp_path / "t.safetensors")
     with pytest.raises(ProgramFileError, match=r"sparselt\.program"):
         sparselt.load_program(tmp_path / "t.safetensors")
-    with pytest.raises(SparseltError):
+    with pytest.raises(TicketFileError, match=r"use sparselt\.load_program"):
         sparselt.load_ticket(saved(tmp_path)[1])
 
 

@@ -162,7 +162,8 @@ def network(spec: str) -> Network:
     where, colon, name = spec.partition(":")
     if not colon:
         raise OptionError(
-            f"network: expected one of {', '.join(NETWORKS)} or file.py:function, got {spec!r}"
+            f"network: expected one of {', '.join(NETWORKS)} or file.py:function, got {spec!r}; "
+            "one that `sparselt find` knows takes --input, the shape of one input"
         )
     module_name = where
     if where.endswith(".py"):

@@ -171,7 +171,13 @@ def _read_safetensors(path: Path, hints: Hints) -> Ticket:
     files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
     state: dict[str, Tensor] = {}
     for file in files:
-        state.update(read_safetensors(file)[0])
+        tensors, metadata = read_safetensors(file)
+        if metadata.get("format") == "sparselt.program":
+            raise TicketFileError(
+                f"{file}: expected weights or a ticket, got a compiled program; use "
+                "sparselt.load_program, which runs it"
+            )
+        state.update(tensors)
     return ticket_from_state_dict(tensors_of(state), keep_fraction=hints.get("keep_fraction"))
 
 
