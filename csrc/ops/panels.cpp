@@ -84,7 +84,8 @@ PanelTask::Share PanelTask::share_of(int64_t part) const {
 int64_t PanelTask::panels_of(Range pixels) const {
   const int64_t most = lanes_ / kPanelLanes * kPanelLanes;
   const int64_t count = pixels.end - pixels.begin;
-  return count <= lanes_ ? 1 : (count - lanes_ + most - 1) / most + 1;
+  if (count <= lanes_) return count > 0 ? 1 : 0;
+  return (count - lanes_ + most - 1) / most + 1;
 }
 
 // The vectors that are over go to the last panels, which is why that may be wider.
