@@ -10,8 +10,8 @@
 namespace sparselt::cpu {
 namespace {
 
-// Where rows of y, or of the residual, begin: the number of a row's first float. (By a division, a
-// row would take ten cycles longer.)
+// Where rows of y, or of the residual, begin: the number of a row's first float. Without a
+// division, which several rows a slice would wait for.
 class RowPlaces {
  public:
   RowPlaces(const PanelRows& rows, int64_t num_rows)
